@@ -1,0 +1,136 @@
+"""Configuration in one typed place: defaults, a TOML file named by KVSHARE_CONFIG, KVSHARE_* variables.
+
+The file holds the field names below as top-level keys; a variable is `KVSHARE_` plus the name in capitals
+and overrides the file. Wrong values and unknown names are refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from kvshare_sched.errors import ConfigError
+
+MODES = ("off", "discover", "on")
+ALPHA_MODES = ("colsum", "one_query")
+_NOT_SETTINGS = {"KVSHARE_CONFIG", "KVSHARE_CACHE"}  # read elsewhere
+
+
+def _setting(default, unit: str, reason: str, *, choices=None, low=None, high=None):
+    return field(
+        default=default,
+        metadata={"unit": unit, "reason": reason, "choices": choices, "low": low, "high": high},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class KVShareConfig:
+    """Every setting, with its unit, its range and the reason for its default."""
+
+    mode: str = _setting("on", "", "discover looks up and reports without using", choices=MODES)
+    strategy: str = _setting("kvshare", "", "which reused tokens are recomputed")
+    ratio: float = _setting(0.10, "share of reused tokens", "recompute budget", low=0.0, high=1.0)
+    check_layer: int = _setting(
+        1, "layer, 0-based", "all rows run up to this layer; layer 0 shows no deviation", low=1
+    )
+    alpha: str = _setting(
+        "one_query", "", "attention weights of the kvshare score", choices=ALPHA_MODES
+    )
+    window: int = _setting(16, "tokens", "length of the hashed windows", low=2, high=256)
+    min_run: int = _setting(32, "tokens", "shorter matches are left alone", low=2)
+    forced_head: int = _setting(
+        4, "tokens", "first tokens of a run, always recomputed: attention sinks of the donor", low=0
+    )
+    min_suffix: int = _setting(
+        64, "tokens", "requests with fewer tokens outside the exact prefix skip the lookup", low=1
+    )
+    index_tokens: int = _setting(
+        2_000_000, "tokens", "donor tokens indexed at most, about 25 bytes each", low=1024
+    )
+
+    def __post_init__(self):
+        from kvshare_sched.strategies import names
+
+        for item in fields(self):
+            value, limits = getattr(self, item.name), item.metadata
+            choices = names() if item.name == "strategy" else limits["choices"]
+            if choices and value not in choices:
+                raise ConfigError(
+                    f"{item.name}={value!r} is not known; accepted: {', '.join(choices)}{_nearest(value, choices)}. "
+                    f"Set {_variable(item.name)} or the key in KVSHARE_CONFIG."
+                )
+            low, high = limits["low"], limits["high"]
+            if (low is not None and value < low) or (high is not None and value > high):
+                allowed = f"{'' if low is None else f'{low} <= '}{item.name}{'' if high is None else f' <= {high}'}"
+                raise ConfigError(
+                    f"{item.name}={value!r} is out of range; accepted: {allowed} ({limits['unit']}). "
+                    f"Set {_variable(item.name)} or the key in KVSHARE_CONFIG."
+                )
+        if self.min_run < self.window:
+            raise ConfigError(
+                f"min_run={self.min_run} is shorter than window={self.window}; accepted: min_run >= window. "
+                "Raise KVSHARE_MIN_RUN or lower KVSHARE_WINDOW."
+            )
+
+    @classmethod
+    def load(cls, env: Mapping[str, str] | None = None) -> KVShareConfig:
+        """Defaults, then the TOML file, then the environment. Raises ConfigError, which names the value."""
+        env = os.environ if env is None else env
+        types = {f.name: type(f.default) for f in fields(cls)}
+        values = _read_file(env["KVSHARE_CONFIG"], types) if env.get("KVSHARE_CONFIG") else {}
+        for variable, text in sorted(env.items()):
+            if not variable.startswith("KVSHARE_") or variable in _NOT_SETTINGS:
+                continue
+            name = variable.removeprefix("KVSHARE_").lower()
+            _known(name, types, variable)
+            values[name] = _convert(text, types[name], variable)
+        return cls(**values)
+
+    def describe(self) -> str:
+        """One line with every value, enough to set the same configuration again."""
+        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+
+def _variable(name: str) -> str:
+    return f"KVSHARE_{name.upper()}"
+
+
+def _nearest(value, choices) -> str:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _known(name: str, types: Mapping[str, type], where: str) -> None:
+    if name not in types:
+        raise ConfigError(
+            f"{where} is not a setting{_nearest(name, types)}; accepted: {', '.join(sorted(types))}. Remove it or correct it."
+        )
+
+
+def _convert(text: str, kind: type, where: str):
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(
+            f"{where}={text!r} is not a valid {kind.__name__}; give a number like the default."
+        ) from None
+
+
+def _read_file(path: str, types: Mapping[str, type]) -> dict:
+    try:
+        with open(path, "rb") as file:
+            data = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as problem:
+        raise ConfigError(
+            f"KVSHARE_CONFIG={path!r} cannot be read: {problem}. Name a readable TOML file."
+        ) from None
+    for name, value in data.items():
+        _known(name, types, f"{path}: {name}")
+        if types[name] is float and type(value) is int:
+            data[name] = float(value)
+        elif type(value) is not types[name]:
+            raise ConfigError(f"{path}: {name}={value!r} must be of type {types[name].__name__}.")
+    return data

@@ -1,0 +1,127 @@
+"""SGLang attention backend for a plain CPU: one pass per request, no padded queries.
+
+Extend: a sequence is (request slot, prefix length, number of new rows). Neighbouring sequences of one and
+the same request slot are rows of one request with gaps between them, which is how the executor submits
+selected rows; they share one gather of the request's keys and one pass. Any other SGLang backend treats the
+same batch correctly too, sequence by sequence.
+"""
+
+from typing import NamedTuple
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from kvshare_kernels import attend_last, attend_rows
+from kvshare_sched.errors import UnsupportedError
+
+
+class _Rows(NamedTuple):
+    """New rows of one request in a batch."""
+
+    start: int  # first row in the batch
+    stop: int
+    slots: torch.Tensor  # int64 [last position + 1], the request's KV slots
+    positions: torch.Tensor  # int64 [stop - start], ascending
+
+
+class _Decode(NamedTuple):
+    """One row a request, keys padded to the longest request."""
+
+    slots: torch.Tensor  # int64 [batch, longest]
+    mask: torch.Tensor | None  # bool [batch, 1, 1, longest], None when nothing is padded
+
+
+class PortableCpuAttention(AttentionBackend):
+    """Causal multi-head attention with GQA for decoder layers, float32 or half precision."""
+
+    def __init__(self, model_runner):
+        super().__init__()
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.rows: list[_Rows] = []
+        self.decode: _Decode | None = None
+
+    def init_forward_metadata(self, forward_batch):
+        if forward_batch.forward_mode.is_decode_or_idle():
+            self.decode = self._plan_decode(forward_batch)
+        else:
+            self.rows = self._plan_extend(forward_batch)
+
+    def _plan_extend(self, batch) -> list[_Rows]:
+        requests = batch.req_pool_indices.tolist()
+        lengths = [int(n) for n in batch.extend_seq_lens_cpu]
+        prefixes = [int(n) for n in batch.extend_prefix_lens_cpu]
+        plan, start, i = [], 0, 0
+        while i < len(requests):
+            request, stop = requests[i], start
+            while i < len(requests) and requests[i] == request:
+                stop, last = stop + lengths[i], prefixes[i] + lengths[i]
+                i += 1
+            if stop > start:
+                slots = self.req_to_token[request, :last].long()
+                positions = batch.positions[start:stop].long()
+                plan.append(_Rows(start, stop, slots, positions))
+            start = stop
+        return plan
+
+    def _plan_decode(self, batch) -> _Decode | None:
+        """Batch all rows unless padding would more than double the keys read; then one pass each."""
+        lengths = batch.seq_lens.long()
+        if lengths.numel() == 0:
+            return None
+        longest = int(lengths.max())
+        slots = self.req_to_token[batch.req_pool_indices.long(), :longest].long()
+        exists = torch.arange(longest) < lengths[:, None]
+        slots.masked_fill_(~exists, 0)  # rows beyond a request's end hold stale slots
+        padded = int(lengths.sum()) < lengths.numel() * longest
+        if lengths.numel() * longest <= 2 * int(lengths.sum()):
+            return _Decode(slots, exists[:, None, None] if padded else None)
+        self.rows = [
+            _Rows(i, i + 1, slots[i, :n], lengths[i : i + 1] - 1) for i, n in enumerate(lengths.tolist())
+        ]
+        return None
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
+        keys, values, q, out = self._store_and_view(q, k, v, layer, forward_batch, save_kv_cache)
+        self._attend(self.rows, keys, values, q, out, layer)
+        return out.view(q.shape[0], -1)
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
+        keys, values, q, out = self._store_and_view(q, k, v, layer, forward_batch, save_kv_cache)
+        if self.decode is None:
+            self._attend(self.rows, keys, values, q, out, layer)
+        else:
+            slots, mask = self.decode
+            attend_last(q, keys[slots].to(q.dtype), values[slots].to(q.dtype), mask, layer.scaling, out)
+        return out.view(q.shape[0], -1)
+
+    def _attend(self, plan, keys, values, q, out, layer):
+        for start, stop, slots, positions in plan:
+            k, v = keys[slots].to(q.dtype), values[slots].to(q.dtype)
+            attend_rows(q[start:stop], k, v, positions, layer.scaling, out[start:stop])
+
+    def _store_and_view(self, q, k, v, layer, batch, save):
+        if (
+            layer.is_cross_attention
+            or layer.attn_type != AttentionType.DECODER
+            or layer.sliding_window_size > -1
+            or layer.logit_cap > 0
+            or layer.qk_head_dim != layer.v_head_dim
+        ):
+            raise UnsupportedError(
+                f"attention backend kvshare_cpu serves plain causal decoder layers; layer {layer.layer_id} has "
+                f"cross_attention={layer.is_cross_attention} type={layer.attn_type} "
+                f"sliding_window={layer.sliding_window_size} logit_cap={layer.logit_cap} "
+                f"head dims {layer.qk_head_dim}/{layer.v_head_dim}: use --attention-backend torch_native"
+            )
+        pool = self.token_to_kv_pool
+        if save and k is not None:
+            pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), k, v)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        return keys, values, q, torch.empty_like(q)
+
+    def support_triton(self):
+        return False

@@ -1,0 +1,77 @@
+"""Every metric of the project, in one place. Prefix `kvshare_`, base units, fixed label values.
+
+`prometheus_client` is imported in the constructor: SGLang must have set PROMETHEUS_MULTIPROC_DIR before. One
+rank records (rank 0), so tensor parallelism multiplies nothing.
+"""
+
+from __future__ import annotations
+
+from kvshare_sched.types import Outcome, Reason, ShareReport
+
+ORIGINS = ("exact", "reused", "fresh")
+PHASES = ("match", "copy", "recompute")
+
+
+class ShareMetrics:
+    """Counters and gauges of one engine; `registry` is for tests, the default is the process's own."""
+
+    def __init__(self, *, registry=None):
+        import prometheus_client as prom
+
+        where = {"registry": registry or prom.REGISTRY}
+        live = where | {"multiprocess_mode": "mostrecent"}
+        self._tokens = prom.Counter(
+            "kvshare_prompt_tokens", "Prompt tokens by origin of their KV.", ["origin"], **where
+        )
+        self._recomputed = prom.Counter(
+            "kvshare_recomputed_tokens", "Reused prompt tokens whose KV was computed again.", **where
+        )
+        self._discovered = prom.Counter(
+            "kvshare_discovered_tokens", "Prompt tokens that could have been reused (mode discover).", **where
+        )
+        self._requests = prom.Counter(
+            "kvshare_requests", "Requests by outcome and reason.", ["outcome", "reason"], **where
+        )
+        self._cells = prom.Counter(
+            "kvshare_prefill_cells", "(Layer x token) cells computed in prefill.", **where
+        )
+        self._seconds = prom.Counter(
+            "kvshare_phase_seconds", "Seconds spent on reuse, by phase.", ["phase"], **where
+        )
+        self._index_tokens = prom.Gauge("kvshare_index_tokens", "Donor tokens indexed.", **live)
+        self._index_entries = prom.Gauge("kvshare_index_entries", "Places in the index.", **live)
+        self._donors = prom.Gauge("kvshare_donors", "Donors indexed.", **live)
+        self._leases = prom.Gauge("kvshare_leases_held", "Donor pins held right now.", **live)
+        self._enabled = prom.Gauge(
+            "kvshare_enabled", "1 when the kvshare cache backend is wired in and may reuse KV.", **live
+        )
+        for origin in ORIGINS:
+            self._tokens.labels(origin)
+        for phase in PHASES:
+            self._seconds.labels(phase)
+        for reason in Reason:
+            for outcome in Outcome:
+                if (outcome is Outcome.ORDINARY) != (reason is Reason.NONE):
+                    self._requests.labels(outcome.value, reason.value)
+
+    def record(self, report: ShareReport) -> None:
+        """Count one request."""
+        for origin in ORIGINS:
+            self._tokens.labels(origin).inc(getattr(report, origin))
+        self._recomputed.inc(report.recomputed)
+        self._discovered.inc(report.discovered)
+        self._requests.labels(report.outcome.value, report.reason.value).inc()
+        self._cells.inc(report.computed_cells)
+        for phase in PHASES:
+            self._seconds.labels(phase).inc(getattr(report, f"{phase}_s"))
+
+    def observe(self, index, tree) -> None:
+        """Set the gauges from the live index and the leases held."""
+        self._index_tokens.set(index.tokens)
+        self._index_entries.set(index.entries)
+        self._donors.set(len(index))
+        self._leases.set(tree.active)
+
+    def enabled(self, mode: str) -> None:
+        """Say once at start-up whether reuse is wired in."""
+        self._enabled.set(1 if mode == "on" else 0)

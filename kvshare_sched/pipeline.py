@@ -1,0 +1,306 @@
+"""match -> lease -> (executor: copy, recompute) -> report: the story of one request.
+
+One instance a rank, used by the scheduler thread only. Decisions are pure functions of the request, the index
+and the tree, which are the same on every tensor-parallel rank. Anything unexpected means ordinary prefill
+for that request and a counted reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
+from kvshare_sched.strategies import get as get_strategy
+from kvshare_sched.types import Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
+from radix_ext.donors import DonorLease, DonorTree
+from radix_ext.matcher import find_segments
+from radix_ext.segment_index import SegmentIndex
+
+logger = logging.getLogger(__name__)
+_MEMO_SIZE = 4096  # requests whose last lookup is remembered
+_MAX_REMATCH = 8  # donors found dead while planning one request, before it runs as ordinary prefill
+
+
+@dataclass(slots=True)
+class Session:
+    """One admitted request, from admission until its KV is released."""
+
+    rid: str
+    prompt_len: int
+    exact_len: int
+    plan: ReusePlan | None
+    reason: Reason
+    match_s: float = 0.0
+    leases: dict[int, DonorLease] = field(default_factory=dict)
+    done_upto: int = 0  # prompt tokens whose chunk has run
+    recomputed: int = 0
+    cells: int = 0
+    copy_s: float = 0.0
+    recompute_s: float = 0.0
+    outcome: Outcome = Outcome.ORDINARY
+    discovered: int = 0
+    approximate_from: int | None = None  # first position with approximate KV; set when copies are made
+    reported: bool = False
+    on_report: Callable[[ShareReport], None] | None = None  # hands the report to the client's answer
+
+
+class Pipeline:
+    """Matching, leasing and accounting for one engine."""
+
+    def __init__(
+        self, config: KVShareConfig, tree: DonorTree, costs: CostModel, metrics=None, page_size: int = 1
+    ):
+        self.config = config
+        self.tree = tree
+        self.costs = costs
+        self.metrics = metrics
+        self.page_size = page_size
+        self.strategy = get_strategy(config.strategy)
+        self.index = SegmentIndex(
+            window=config.window, min_run=config.min_run, capacity=config.index_tokens
+        )
+        self.sessions: dict[str, Session] = {}
+        self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
+        self._memo: OrderedDict[str, tuple] = OrderedDict()
+
+    # ---- peek: no side effects on tree or pool ----
+
+    def match(self, view: RequestView) -> tuple[Segment, ...]:
+        """Segments other requests could lend, all live in the tree right now.
+
+        Memoised per request and index generation. Donors the tree has evicted meanwhile are shortened or
+        dropped from the index on the way: that only corrects the index.
+        """
+        for _ in range(_MAX_REMATCH):
+            key = (self.index.generation, view.exact_len, view.prompt_len)
+            remembered = self._memo.get(view.rid)
+            if remembered is not None and remembered[0] == key:
+                segments = remembered[1]
+            else:
+                segments = self._look_up(view)
+                self._memo[view.rid] = (key, segments)
+                while len(self._memo) > _MEMO_SIZE:
+                    self._memo.popitem(last=False)
+            if self._all_live(segments):
+                return segments
+        return ()
+
+    def _look_up(self, view: RequestView) -> tuple[Segment, ...]:
+        # The last token is always computed; a request never borrows from itself (it is no donor while waiting).
+        hits = self.index.hits(view.namespace, view.token_ids, view.exact_len)
+        return find_segments(
+            view.token_ids,
+            hits,
+            lambda donor_id: self.index.donors[donor_id].tokens,
+            start=view.exact_len,
+            end=min(view.fresh_from, view.prompt_len - 1),
+            min_run=self.config.min_run,
+        )
+
+    def _all_live(self, segments: tuple[Segment, ...]) -> bool:
+        live = True
+        for donor_id, needed in _needed(segments).items():
+            donor = self.index.donors[donor_id]
+            length = self.tree.live_len(donor)
+            if length < needed:
+                self.index.truncate(donor_id, length)
+                live = False
+        return live
+
+    # ---- commit: at admission only ----
+
+    def admit(self, view: RequestView | Reason, rid: str, prompt_len: int, exact_len: int) -> Session:
+        """Plan a request that is about to be admitted and pin its donors. Never raises.
+
+        `view` is a Reason when the request cannot take part.
+        """
+        started = time.perf_counter()
+        plan, outcome, discovered = None, Outcome.ORDINARY, 0
+        leases: dict[int, DonorLease] = {}
+        if isinstance(view, Reason):
+            reason = view
+        elif self.config.mode == "off":
+            reason = Reason.MODE_OFF
+        elif view.prompt_len - view.exact_len < self.config.min_suffix:
+            reason = Reason.SHORT
+        else:
+            try:
+                planned = build_plan(view, self.match(view), self.strategy, self.config, self.costs)
+                reason = planned if isinstance(planned, Reason) else Reason.NONE
+                if isinstance(planned, ReusePlan) and self.config.mode == "discover":
+                    discovered, outcome = planned.reused_len, Outcome.DISCOVERED
+                elif isinstance(planned, ReusePlan):
+                    leases = self._lease(planned)
+                    plan, outcome = planned, Outcome.REUSED
+            except _DonorLost:
+                reason = Reason.DONOR_LOST
+            except Exception:
+                logger.exception("kvshare: planning failed for request %s; ordinary prefill", rid)
+                reason = Reason.ERROR
+        session = Session(rid, prompt_len, exact_len, plan, reason, leases=leases, outcome=outcome)
+        session.discovered = discovered
+        session.match_s = time.perf_counter() - started
+        return session
+
+    def _lease(self, plan: ReusePlan) -> dict[int, DonorLease]:
+        leases: dict[int, DonorLease] = {}
+        for donor_id, needed in _needed(plan.segments).items():
+            lease = self.tree.lease(self.index.donors[donor_id], needed)
+            if lease is None:
+                self._release_leases(leases)
+                raise _DonorLost
+            leases[donor_id] = lease
+        return leases
+
+    def begin(self, session: Session) -> None:
+        """The request was admitted: from now on `release` must be called once."""
+        self.sessions[session.rid] = session
+        for donor_id in session.leases:
+            self.index.touch(donor_id)
+            self.tree.touch(self.index.donors[donor_id])
+        if session.plan is None:
+            self._report(session)
+        self._gauges()
+
+    def withdraw(self, session: Session) -> None:
+        """The request was not admitted after all: give the pins back."""
+        self._release_leases(session.leases)
+
+    def end_for_budget(self, session: Session, start: int, budget: int, end: int) -> int:
+        """Largest chunk end in [start, end] whose charge stays within `budget` tokens."""
+        if self.charge(session, start, end) <= budget:
+            return end
+        low, high = start, end
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.charge(session, start, middle) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def charge(self, session: Session, start: int, end: int) -> int:
+        """What running the chunk [start, end) costs, in tokens of ordinary prefill: cells / layers, rounded up."""
+        if session.plan is None:
+            return end - start
+        rows = rows_per_layer(session.plan, start, end, self.strategy, self.config, self.costs.layers)
+        return -(-sum(rows) // self.costs.layers)
+
+    # ---- during and after the forward pass ----
+
+    def copies(self, session: Session, start: int, end: int) -> list[tuple[Segment, DonorLease]]:
+        """Segments of one chunk with the leases that hold their donors' slots."""
+        return [(s, session.leases[s.donor_id]) for s in session.plan.clip(start, end)]
+
+    def chunk_done(self, session: Session, end: int) -> None:
+        """The prompt has been computed up to `end`; report after the last chunk, unpin when nothing is left."""
+        session.done_upto = max(session.done_upto, end)
+        if session.plan is not None and end >= session.plan.segments[-1].end:
+            self._release_leases(session.leases)
+        if end >= session.prompt_len:
+            self._report(session)
+        self._gauges()
+
+    def abandon(self, session: Session) -> None:
+        """The executor failed: the rest of this request runs as ordinary prefill."""
+        self._release_leases(session.leases)
+        session.plan = None
+        session.outcome, session.reason = Outcome.ORDINARY, Reason.ERROR
+
+    def report_of(self, session: Session) -> ShareReport:
+        """What is known about a request by now."""
+        reused = session.plan.reused_len if session.plan is not None else 0
+        return ShareReport(
+            exact=session.exact_len,
+            reused=reused,
+            recomputed=min(session.recomputed, reused),
+            fresh=session.prompt_len - session.exact_len - reused,
+            outcome=session.outcome,
+            reason=session.reason,
+            donors=len({s.donor_id for s in session.plan.segments}) if session.plan else 0,
+            discovered=session.discovered,
+            strategy=self.strategy.name,
+            computed_cells=session.cells
+            if session.plan
+            else (session.prompt_len - session.exact_len) * self.costs.layers,
+            layers=self.costs.layers,
+            match_s=session.match_s,
+            copy_s=session.copy_s,
+            recompute_s=session.recompute_s,
+        )
+
+    def _report(self, session: Session) -> None:
+        if not session.reported:
+            session.reported = True
+            report = self.report_of(session)
+            if session.on_report is not None:
+                session.on_report(report)
+            if self.metrics is not None:
+                self.metrics.record(report)
+
+    def release(self, rid: str) -> None:
+        """The request's KV row was given back (finished, aborted or retracted)."""
+        self._donor_of.pop(rid, None)
+        self._memo.pop(rid, None)
+        session = self.sessions.pop(rid, None)
+        if session is not None:
+            self._release_leases(session.leases)
+            self._report(session)
+            self._gauges()
+
+    def exact_up_to(self, rid: str) -> int:
+        """How many leading tokens of a running request have exact KV; only these may enter the exact tree."""
+        session = self.sessions.get(rid)
+        if session is None or session.approximate_from is None:
+            return 1 << 62
+        return session.approximate_from
+
+    def publish(self, req) -> None:
+        """What the tree has just taken from a request becomes a donor. Never raises."""
+        try:
+            length = req.kv.cache_protected_len
+            if self.config.mode == "off" or length < self.config.min_run:
+                return
+            tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64, count=length)
+            from kvshare_sched.sglang_adapter import namespace_of
+
+            donor_id = self.index.add(namespace_of(req), tokens, self._donor_of.get(req.rid))
+            if donor_id is not None:
+                self._donor_of[req.rid] = donor_id
+            self._gauges()
+        except Exception:
+            logger.exception("kvshare: could not index request %s as a donor", req.rid)
+
+    def flush(self) -> None:
+        """The tree was emptied."""
+        self.index.clear()
+        self._memo.clear()
+        self._donor_of.clear()
+
+    def _release_leases(self, leases: dict[int, DonorLease]) -> None:
+        for lease in leases.values():
+            self.tree.release(lease)
+        leases.clear()
+
+    def _gauges(self) -> None:
+        if self.metrics is not None:
+            self.metrics.observe(self.index, self.tree)
+
+
+class _DonorLost(Exception):
+    """A donor left the tree between matching and leasing."""
+
+
+def _needed(segments: tuple[Segment, ...]) -> dict[int, int]:
+    """Donor id -> tokens of it that must be live, ascending ids."""
+    needed: dict[int, int] = {}
+    for segment in segments:
+        needed[segment.donor_id] = max(needed.get(segment.donor_id, 0), segment.donor_end)
+    return dict(sorted(needed.items()))

@@ -1,0 +1,73 @@
+"""RequestView + segments -> ReusePlan, or the reason why not. Pure and deterministic.
+
+The cost model is measured once at start-up (`executor.calibrate`) and shared by all tensor-parallel ranks,
+so every rank plans alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.strategies.base import Strategy
+from kvshare_sched.types import Reason, RequestView, ReusePlan, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Measured prices of this engine, in seconds."""
+
+    cell_s: float  # one (layer x token) cell of prefill
+    copy_s: float  # copy and rotate one token on all layers
+    overhead_s: float  # a request with reuse over one without: planning, extra batch metadata, selection
+    layers: int
+
+    def saving_s(self, plan: ReusePlan, cells: int) -> float:
+        """Seconds a plan that computes `cells` cells is expected to save; negative when it costs."""
+        ordinary = (plan.prompt_len - plan.exact_len) * self.layers
+        return (ordinary - cells) * self.cell_s - plan.reused_len * self.copy_s - self.overhead_s
+
+
+def build_plan(
+    view: RequestView,
+    segments: tuple[Segment, ...],
+    strategy: Strategy,
+    config: KVShareConfig,
+    costs: CostModel,
+) -> ReusePlan | Reason:
+    """The plan for a request's whole prompt, or the reason to run it as ordinary prefill."""
+    if not segments:
+        return Reason.NO_MATCH
+    last = min(view.fresh_from, view.prompt_len - 1)
+    clipped = (s.clip(view.exact_len, last) for s in segments)
+    kept = tuple(s for s in clipped if s is not None and s.length >= config.min_run)
+    if not kept:
+        return Reason.PROMPT_LOGPROBS if view.fresh_from < view.prompt_len - 1 else Reason.NO_MATCH
+    plan = ReusePlan(view.prompt_len, view.exact_len, kept, strategy.forced_head(config))
+    if strategy.name == "full":  # the reference always runs: it is asked for, not chosen for speed
+        return plan
+    return plan if costs.saving_s(plan, expected_cells(plan, strategy, config, costs.layers)) > 0 else Reason.NOT_WORTH
+
+
+def expected_cells(plan: ReusePlan, strategy: Strategy, config: KVShareConfig, layers: int) -> int:
+    """(Layer x token) cells the plan will compute over a whole prompt, before the scores are known."""
+    return sum(rows_per_layer(plan, plan.exact_len, plan.prompt_len, strategy, config, layers))
+
+
+def rows_per_layer(
+    plan: ReusePlan, start: int, end: int, strategy: Strategy, config: KVShareConfig, layers: int
+) -> list[int]:
+    """Rows expected at each layer for the chunk [start, end) of the prompt."""
+    rows = end - start
+    reused = int(plan.reused_mask(start, end).sum())
+    forced = len(plan.forced_positions(start, end))
+    fresh = rows - reused
+    per_layer, current, checks = [], rows, list(strategy.checks(config, layers))
+    if not checks:
+        share = {"full": 1.0, "naive": 0.0}.get(strategy.name, config.ratio)
+        current = fresh + min(reused, max(forced, int(share * reused)))
+    for layer in range(layers):
+        per_layer.append(current)
+        while checks and checks[0].layer == layer:
+            current = fresh + min(reused, forced + int(checks.pop(0).share * reused))
+    return per_layer

@@ -1,0 +1,216 @@
+"""SGLang's objects on one side, our records on the other: views of requests, hook bodies, wiring.
+
+`wire` runs in the cache factory, so nothing is touched unless `--radix-cache-backend kvshare` was chosen.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.planner import CostModel
+from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
+
+logger = logging.getLogger(__name__)
+REPORT_KEY = "kvshare"  # in customized_info, meta_info and custom_params
+
+
+# ---- requests ----
+
+
+def namespace_of(req) -> Namespace:
+    """The boundary SGLang's own tree keeps for this request."""
+    return Namespace(req.extra_key, req.cache_salt, req.lora_id)
+
+
+def view_of(req) -> RequestView | Reason:
+    """What the planner may know of a request, or why it cannot take part."""
+    params = req.sampling_params.custom_params or {}
+    if params.get(REPORT_KEY) == "off":
+        return Reason.OPTED_OUT
+    if req.retracted_stain or len(req.output_ids) > 0:
+        return Reason.RETRACTED
+    if (
+        req.input_embeds is not None
+        or req.multimodal_inputs is not None
+        or req.positional_embed_overrides is not None
+        or req.session is not None
+        or req.return_hidden_states
+        or req.return_pooled_hidden_states
+        or req.skip_radix_cache_insert
+    ):
+        return Reason.UNSUPPORTED_INPUT
+    tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
+    fresh_from = len(tokens)
+    if req.return_logprob and req.logprob_start_len >= 0:
+        # The row before the first wanted token predicts it.
+        fresh_from = min(fresh_from, max(req.prefix_len, req.logprob_start_len - 1))
+    return RequestView(req.rid, namespace_of(req), tokens, req.prefix_len, fresh_from)
+
+
+def attach_report(req, report) -> None:
+    """Let the answer carry the report: one object, sent with the request's first output."""
+    info = req.customized_info or {}
+    if REPORT_KEY not in info:
+        req.customized_info = info | {REPORT_KEY: [report.to_json()]}
+
+
+# ---- scheduler hooks ----
+
+
+def add_one_req(original, adder, req, *args, **kwargs):
+    """Around `PrefillAdder.add_one_req`: plan and pin at admission, charge only the rows that will run."""
+    pipeline = getattr(adder.tree_cache, "pipeline", None)
+    if pipeline is None:
+        return original(adder, req, *args, **kwargs)
+    session = pipeline.admit(view_of(req), req.rid, len(req.origin_input_ids), req.prefix_len)
+    result, admitted = _charged(original, pipeline, session, adder, req, *args, **kwargs)
+    if not admitted:
+        pipeline.withdraw(session)
+        idle = not adder.can_run_list and (adder.running_batch is None or not adder.running_batch.reqs)
+        if session.plan is None or not idle:
+            return result
+        # Nothing else runs, so waiting frees nothing: without the pins the donors themselves can make room.
+        session = replace(session, plan=None, reason=Reason.NO_MEMORY, outcome=Outcome.ORDINARY, leases={})
+        result, admitted = _charged(original, pipeline, session, adder, req, *args, **kwargs)
+        if not admitted:
+            return result
+    session.on_report = lambda report: attach_report(req, report)
+    pipeline.begin(session)
+    return result
+
+
+def add_chunked_req(original, adder, req, *args, **kwargs):
+    """Around `PrefillAdder.add_chunked_req`: the same charge for the later chunks of a long prompt."""
+    pipeline = getattr(adder.tree_cache, "pipeline", None)
+    session = pipeline.sessions.get(req.rid) if pipeline is not None else None
+    if session is None or session.plan is None:
+        return original(adder, req, *args, **kwargs)
+    return _charged(original, pipeline, session, adder, req, *args, **kwargs)[0]
+
+
+def _charged(original, pipeline, session, adder, req, *args, **kwargs):
+    """Call the adder with a budget raised by what reuse saves; SGLang then charges the full extend."""
+    start, whole = req.prefix_len, len(req.full_untruncated_fill_ids)
+    budget = adder.rem_chunk_tokens
+    saved = 0
+    if session.plan is not None:
+        end = whole if budget is None else pipeline.end_for_budget(session, start, max(0, budget), whole)
+        saved = end - start - pipeline.charge(session, start, end)
+    _raise_budget(adder, saved)
+    before = len(adder.can_run_list)
+    result = original(adder, req, *args, **kwargs)
+    admitted = len(adder.can_run_list) > before and adder.can_run_list[-1] is req
+    spent = 0
+    if admitted and session.plan is not None:
+        spent = req.extend_len - pipeline.charge(session, start, req.extend_end)
+    _raise_budget(adder, spent - saved)  # what SGLang cut off, or everything when nothing was admitted
+    return result, admitted
+
+
+def _raise_budget(adder, tokens: int) -> None:
+    adder.rem_input_tokens += tokens
+    if adder.rem_chunk_tokens is not None:
+        adder.rem_chunk_tokens += tokens
+
+
+def scheduler_hooks() -> dict[str, object]:
+    """Seam -> hook body, all of kind AROUND."""
+    return {
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req": add_one_req,
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req": add_chunked_req,
+    }
+
+
+# ---- wiring ----
+
+
+def wire(cache, ctx):
+    """Build one rank's pipeline and executor around its cache and model; returns the pipeline.
+
+    Raises ConfigError or UnsupportedError: the server must not start half wired.
+    """
+    from sglang.srt.distributed import get_tp_group
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from kvshare_sched.executor import Executor
+    from kvshare_sched.metrics import ShareMetrics
+    from kvshare_sched.pipeline import Pipeline
+    from kvshare_sched.support import refuse, rotary_table
+    from radix_ext.donors import DonorTree
+
+    config = KVShareConfig.load()
+    runner = ctx.tp_worker.model_runner
+    refuse(ctx.server_args, runner)
+    cos_sin, neox = rotary_table(runner.model)
+    group = get_tp_group()
+    costs = group.broadcast_object(_measure_costs(runner, cos_sin, neox), src=0)
+    metrics = None
+    if ctx.tp_rank == 0 and ctx.params.enable_metrics:
+        metrics = ShareMetrics()
+        metrics.enabled(config.mode)
+    pipeline = Pipeline(config, DonorTree(cache), costs, metrics)
+    Executor(pipeline, runner, cos_sin, neox).install()
+    for seam, hook in scheduler_hooks().items():
+        HookRegistry.register(seam, hook, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    if ctx.tp_rank == 0:
+        logger.info("kvshare: %s", config.describe())
+        logger.info(
+            "kvshare: measured %.1f us a prefill cell, %.1f us a copied token, %.2f ms overhead, %d layers",
+            costs.cell_s * 1e6,
+            costs.copy_s * 1e6,
+            costs.overhead_s * 1e3,
+            costs.layers,
+        )
+    return pipeline
+
+
+_SAMPLE = 256  # rows and tokens per measurement
+
+
+def _measure_costs(runner, cos_sin, neox) -> CostModel:
+    """Prices of this machine, measured on the real pool and on matrix products of the model's size."""
+    from kvshare_kernels import copy_rotate
+
+    layers = len(runner.model.model.layers)
+    pool = runner.token_to_kv_pool
+    device = pool.get_key_buffer(0).device
+    keys = [pool.get_key_buffer(i) for i in range(layers)]
+    values = [pool.get_value_buffer(i) for i in range(layers)]
+
+    def seconds(work) -> float:
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return min(times[1:])
+
+    def copy(count):
+        # The pool is empty at start-up: slots 1.. are moved onto themselves.
+        slots = torch.arange(1, count + 1, device=device)
+        return seconds(lambda: copy_rotate(keys, values, [(slots, slots, 1)], cos_sin, neox=neox))
+
+    weights = [p for p in runner.model.model.layers[0].parameters() if p.dim() == 2]
+    per_row = sum(p.numel() for p in weights)
+    widest = max(weights, key=lambda p: p.numel())
+    rows = torch.zeros(_SAMPLE, widest.shape[1], dtype=widest.dtype, device=device)
+    try:
+        product = seconds(lambda: rows @ widest.T) / (_SAMPLE * widest.numel())
+    except RuntimeError:  # quantised weights have no plain product; assume the pool's bandwidth instead
+        product = copy(_SAMPLE) / _SAMPLE / per_row
+    one = copy(1)
+    return CostModel(
+        cell_s=product * per_row,
+        copy_s=max(copy(_SAMPLE) - one, 0.0) / _SAMPLE,
+        overhead_s=3 * one,  # a copy, a second batch plan, a selection: each about one launch a layer
+        layers=layers,
+    )

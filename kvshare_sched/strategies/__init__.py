@@ -1,0 +1,19 @@
+"""The selection rules by name. To add one: a file here with its paper in the docstring, a line in `_ALL`,
+a line in the test matrix (tests/unit/test_strategies.py), a changelog line.
+"""
+
+from __future__ import annotations
+
+_NAMES = ("kvshare", "cacheblend", "epic", "naive", "random", "full")
+
+
+def names() -> tuple[str, ...]:
+    """Accepted values of KVSHARE_STRATEGY; needs no torch import."""
+    return _NAMES
+
+
+def get(name: str):
+    """The strategy of that name (see `base.Strategy`)."""
+    from kvshare_sched.strategies import blend, controls
+
+    return {s.name: s for s in (blend.KVSHARE, blend.CACHEBLEND, *controls.ALL)}[name]

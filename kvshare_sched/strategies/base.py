@@ -1,0 +1,61 @@
+"""What a strategy is: when to choose, and by which score.
+
+A strategy is a named, frozen instance of `Strategy`. The executor runs the layers in spans; at each check
+layer it hands the strategy the evidence gathered there and keeps the best-scored reused rows for the layers
+above. A strategy without check layers chooses before layer 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kvshare_sched.config import KVShareConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known about the candidate rows of one request, all float32 [n], row order = position order.
+
+    Sums over this rank's heads are already summed over all tensor-parallel ranks.
+    """
+
+    positions: torch.Tensor  # int64 [n], reused positions still in the running
+    k_squared: torch.Tensor | None = None  # squared L2 norm of the key deviation at the check layer
+    v_squared: torch.Tensor | None = None
+    v_absolute: torch.Tensor | None = None  # L1 norm of the value deviation
+    alpha: torch.Tensor | None = None  # attention received, mean over heads
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Select after this layer: keep `share` of the reused tokens for the layers above."""
+
+    layer: int  # 0-based
+    share: float  # of the request's reused tokens in the batch, not only of those still in the running
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One selection rule."""
+
+    name: str
+    source: str
+    checks: Callable[[KVShareConfig, int], tuple[Check, ...]]  # (config, number of layers) -> schedule
+    score: Callable[[Evidence], torch.Tensor] | None = None  # higher = recompute first; <= 0 = never
+    # (reused positions int64 [n] ascending, config) -> those to recompute, for a strategy without checks
+    upfront: Callable[[torch.Tensor, KVShareConfig], torch.Tensor] | None = None
+    forced_head: Callable[[KVShareConfig], int] = lambda config: config.forced_head
+    needs_alpha: bool = False
+
+
+def no_checks(config: KVShareConfig, layers: int) -> tuple[Check, ...]:
+    """Choose before layer 0."""
+    return ()
+
+
+def one_check(config: KVShareConfig, layers: int) -> tuple[Check, ...]:
+    """One selection, after the configured check layer; none when the budget is everything."""
+    return (Check(min(config.check_layer, layers - 1), config.ratio),)

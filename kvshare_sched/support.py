@@ -1,0 +1,134 @@
+"""What is refused at start-up, by name and with the remedy; and the model's rotary table.
+
+`refusals` reads settings and configuration only, so `kvshare doctor` and the launcher can ask before any
+weight is loaded; `refuse` looks at the loaded engine as well.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+
+from kvshare_sched.errors import UnsupportedError
+
+SGLANG_VERSION = "0.5.23"
+
+# Server setting -> (value that is fine, why anything else is refused). All untested with reuse.
+_SETTINGS = {
+    "speculative_algorithm": (None, "speculative decoding writes KV the planner does not know"),
+    "enable_dp_attention": (False, "data-parallel attention pads batches across ranks"),
+    "pp_size": (1, "pipeline stages hold only some of the layers"),
+    "dcp_size": (1, "decode context parallelism splits the KV of a request"),
+    "attn_cp_size": (1, "context parallelism splits the rows of a request"),
+    "enable_hierarchical_cache": (False, "donors on the host are not leased"),
+    "enable_lmcache": (False, "another cache owns the tree"),
+    "enable_lora": ((None, False), "adapter batches are planned for all rows of a request"),
+    "disable_radix_cache": (False, "without the tree there are no donors"),
+    "disaggregation_mode": ("null", "prefill and decode run on different servers"),
+    "enable_page_major_kv_layout": (False, "KV is not laid out slot by slot"),
+    "enable_two_batch_overlap": (False, "batches are split in two inside the model"),
+    "enable_return_hidden_states": (False, "hidden states of reused rows do not exist"),
+    "enable_pdmux": (False, "prefill and decode share the device in two streams"),
+    "dllm_algorithm": (None, "diffusion models compute rows more than once"),
+}
+_KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "float32")
+
+
+def version_refusal() -> str | None:
+    """A line when the installed SGLang is not the one the seams were read in."""
+    try:
+        found = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found == SGLANG_VERSION:
+        return None
+    return (
+        f"sglang {found} is installed; kvshare accepts {SGLANG_VERSION}, whose internals it hooks into. "
+        f"Install sglang=={SGLANG_VERSION}, or drop --radix-cache-backend kvshare."
+    )
+
+
+def refusals(server_args) -> list[str]:
+    """One line for every setting or model feature that cannot be served, from configuration alone."""
+    found = [line] if (line := version_refusal()) else []
+    for name, (fine, why) in _SETTINGS.items():
+        value = getattr(server_args, name, None)
+        accepted = fine if isinstance(fine, tuple) else (fine,)
+        if value is not None and value not in accepted:
+            found.append(f"{name}={value!r} is not supported: {why}. Accepted: {accepted[0]!r}.")
+    if server_args.kv_cache_dtype not in _KV_DTYPES:
+        found.append(
+            f"kv_cache_dtype={server_args.kv_cache_dtype!r} is not supported: rotating quantised keys is untested. "
+            f"Accepted: {', '.join(_KV_DTYPES)}."
+        )
+    return found + _model_refusals(server_args)
+
+
+def _model_refusals(server_args) -> list[str]:
+    from sglang.srt.configs.model_config import AttentionArch, ModelConfig
+
+    model = ModelConfig.from_server_args(server_args)
+    names = ", ".join(model.hf_config.architectures or ["?"])
+    found = []
+    if not model.is_generation:
+        found.append(f"model {names} is not a generation model: there is no KV to reuse.")
+    if model.attention_arch != AttentionArch.MHA:
+        found.append(f"model {names} uses {model.attention_arch.name} attention; accepted: plain MHA/GQA.")
+    if model.is_hybrid_swa or getattr(model.hf_text_config, "sliding_window", None) and getattr(
+        model.hf_text_config, "use_sliding_window", True
+    ):
+        found.append(f"model {names} uses sliding-window attention; accepted: full attention in every layer.")
+    if model.is_multimodal:
+        found.append(f"model {names} is multimodal; accepted: text models.")
+    if model.is_encoder_decoder:
+        found.append(f"model {names} is an encoder-decoder; accepted: decoders.")
+    return found
+
+
+def refuse(server_args, model_runner) -> None:
+    """Raise UnsupportedError unless this loaded engine can be served."""
+    found = refusals(server_args)
+    model = model_runner.model
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not hasattr(model, "forward_split_prefill") or layers is None:
+        found.append(
+            f"model class {type(model).__name__} has no forward_split_prefill; accepted: models SGLang can split "
+            "by layers, such as Llama, Qwen2 and Qwen3."
+        )
+    elif not hasattr(layers[0], "attn_boundary"):
+        found.append(f"model class {type(model).__name__} keeps its residual stream in a way that is not known.")
+    pool = model_runner.token_to_kv_pool
+    if type(pool).__name__ != "MHATokenToKVPool":
+        found.append(f"KV pool {type(pool).__name__} is not supported; accepted: MHATokenToKVPool.")
+    if found:
+        raise UnsupportedError("kvshare cannot serve this configuration:\n  - " + "\n  - ".join(found))
+
+
+def rotary_table(model) -> tuple[torch.Tensor, bool]:
+    """The model's cosine and sine table, [positions, rotary_dim] float32, and whether halves rotate (neox).
+
+    Checks that the table is a pure rotation whose angles add up, which is what moving cached keys relies on;
+    scaled variants that change length or switch factors by position fail here. Raises UnsupportedError.
+    """
+    tables = {
+        m.cos_sin_cache.data_ptr(): m for m in model.modules() if isinstance(getattr(m, "cos_sin_cache", None), torch.Tensor)
+    }
+    if len(tables) != 1:
+        raise UnsupportedError(
+            f"the model has {len(tables)} rotary tables; accepted: one for all layers. Keys could not be moved."
+        )
+    rotary = next(iter(tables.values()))
+    table = rotary.cos_sin_cache.float()
+    cos, sin = (x.double() for x in table.chunk(2, dim=-1))
+    last = table.shape[0] - 1
+    error = (cos.square() + sin.square() - 1).abs().max().item()
+    for a, b in ((1, 1), (3, last // 2), (last // 3, last // 2), (1, last - 1)):
+        added = cos[a] * cos[b] - sin[a] * sin[b]
+        error = max(error, (added - cos[a + b]).abs().max().item())
+    if error > 5e-3:
+        raise UnsupportedError(
+            f"rotary embedding {type(rotary).__name__} is not a plain rotation (self-test error {error:.2g}, accepted "
+            "5e-3): cached keys cannot be moved to another position. Use a model without rope scaling."
+        )
+    return table, bool(rotary.is_neox_style)

@@ -1,0 +1,204 @@
+"""The frozen records that flow through the system; read this first.
+
+    RequestView -> (radix_ext.matcher) Segments -> (planner) ReusePlan -> (executor) ShareReport
+
+Lengths are in tokens, times in seconds, slots are pool indices, positions count from the start of the
+prompt. *Donor* and *target* name the two sides of every copy. Each record checks itself when it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+
+import numpy as np
+
+from kvshare_sched.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """The isolation boundary: KV never crosses it. Parts are framed, never concatenated; empty means absent."""
+
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    lora_id: str | None = None
+
+    def __post_init__(self):
+        for name in ("extra_key", "cache_salt", "lora_id"):
+            object.__setattr__(self, name, getattr(self, name) or None)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens of the prompt that a donor also has: target [start, end) <- donor [donor_start, ...)."""
+
+    donor_id: int
+    donor_start: int
+    start: int
+    length: int
+
+    def __post_init__(self):
+        if self.length <= 0 or self.start < 0 or self.donor_start < 0:
+            raise PlanError(f"{self} must have length > 0 and starts >= 0")
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def donor_end(self) -> int:
+        return self.donor_start + self.length
+
+    @property
+    def shift(self) -> int:
+        """How far the tokens moved; the keys are rotated by it."""
+        return self.start - self.donor_start
+
+    def clip(self, start: int, end: int) -> Segment | None:
+        """The part inside [start, end), or None."""
+        low, high = max(start, self.start), min(end, self.end)
+        if low >= high:
+            return None
+        return replace(
+            self, donor_start=self.donor_start + low - self.start, start=low, length=high - low
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """What the planner may know of a request."""
+
+    rid: str
+    namespace: Namespace
+    token_ids: np.ndarray  # int64 [prompt_len]
+    exact_len: int  # tokens whose KV the exact tree gives
+    fresh_from: int  # rows from here on are wanted by the client (logits, log-probabilities): never reused
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.token_ids)
+
+    def __post_init__(self):
+        if not 0 <= self.exact_len <= len(self.token_ids) or self.fresh_from > len(self.token_ids):
+            raise PlanError(
+                f"request {self.rid}: exact_len={self.exact_len} and fresh_from={self.fresh_from} "
+                f"must lie inside prompt_len={len(self.token_ids)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ReusePlan:
+    """Whose KV stands in for which tokens; every prompt token has one origin: exact, reused or fresh."""
+
+    prompt_len: int
+    exact_len: int
+    segments: tuple[Segment, ...]  # disjoint, ascending, inside [exact_len, prompt_len - 1)
+    forced_head: int = 0  # first tokens of every segment, always recomputed (attention sinks of the donor)
+
+    def __post_init__(self):
+        edge = self.exact_len
+        for segment in self.segments:
+            if segment.start < edge:
+                raise PlanError(f"{segment} starts before {edge}: segments must be disjoint and ascending")
+            edge = segment.end
+        if self.segments and edge > self.prompt_len - 1:
+            raise PlanError(f"{self.segments[-1]} covers the last prompt token ({self.prompt_len - 1})")
+
+    @property
+    def reused_len(self) -> int:
+        return sum(s.length for s in self.segments)
+
+    @property
+    def fresh_len(self) -> int:
+        return self.prompt_len - self.exact_len - self.reused_len
+
+    @property
+    def approximate_from(self) -> int:
+        """First position whose KV depends on another context; everything before it is exact KV."""
+        return self.segments[0].start if self.segments else self.prompt_len
+
+    def clip(self, start: int, end: int) -> Iterator[Segment]:
+        """The segments' parts inside one chunk [start, end)."""
+        for segment in self.segments:
+            if (part := segment.clip(start, end)) is not None:
+                yield part
+
+    def forced_positions(self, start: int, end: int) -> np.ndarray:
+        """Reused positions inside [start, end) that are recomputed whatever the score says, int64 [n]."""
+        heads = [
+            np.arange(max(start, s.start), min(end, s.start + min(self.forced_head, s.length)))
+            for s in self.segments
+        ]
+        return np.concatenate(heads).astype(np.int64) if heads else np.empty(0, np.int64)
+
+    def reused_mask(self, start: int, end: int) -> np.ndarray:
+        """Bool [end - start]: which positions of a chunk are reused."""
+        mask = np.zeros(max(0, end - start), bool)
+        for s in self.clip(start, end):
+            mask[s.start - start : s.end - start] = True
+        return mask
+
+
+class Outcome(str, Enum):
+    """What became of a request's chance to reuse; fixed values, they are metric labels."""
+
+    REUSED = "reused"  # approximate KV stood in for part of the prompt
+    DISCOVERED = "discovered"  # mode `discover`: would have been reused
+    ORDINARY = "ordinary"  # ran as stock SGLang runs it; `reason` says why
+
+
+class Reason(str, Enum):
+    """Why a request ran as ordinary prefill; fixed values, they are metric labels."""
+
+    NONE = "none"  # outcome reused or discovered
+    MODE_OFF = "mode_off"
+    OPTED_OUT = "opted_out"
+    SHORT = "short"  # too few tokens outside the exact prefix to be worth a lookup
+    NO_MATCH = "no_match"
+    NOT_WORTH = "not_worth"  # the cost model predicts no gain
+    PROMPT_LOGPROBS = "prompt_logprobs"  # rows the client asks for cover everything that could be reused
+    UNSUPPORTED_INPUT = "unsupported_input"  # embeddings, images, hidden states, sessions
+    RETRACTED = "retracted"  # re-admitted after a retraction
+    NO_MEMORY = "no_memory"  # with its donors pinned the request does not fit
+    DONOR_LOST = "donor_lost"  # the donors left the tree between matching and leasing
+    ERROR = "error"  # anything unexpected in our code
+
+
+@dataclass(frozen=True, slots=True)
+class ShareReport:
+    """What happened to one request: goes to the client, to the metrics and to the evaluation alike.
+
+    `exact + reused + fresh` is the number of prompt tokens; `recomputed` is a part of `reused`: tokens that
+    ran through all remaining layers after selection. `computed_cells` counts (layer x token) cells computed,
+    check layers and fresh rows included.
+    """
+
+    exact: int
+    reused: int
+    recomputed: int
+    fresh: int
+    outcome: Outcome
+    reason: Reason
+    donors: int = 0
+    discovered: int = 0  # tokens that could have been reused (mode `discover`)
+    strategy: str = ""
+    computed_cells: int = 0
+    layers: int = 0
+    match_s: float = field(default=0.0)
+    copy_s: float = field(default=0.0)
+    recompute_s: float = field(default=0.0)
+
+    def __post_init__(self):
+        if min(self.exact, self.reused, self.recomputed, self.fresh) < 0 or self.recomputed > self.reused:
+            raise PlanError(f"contradictory report: {self}")
+
+    @property
+    def prompt_len(self) -> int:
+        return self.exact + self.reused + self.fresh
+
+    def to_json(self) -> dict:
+        """Plain JSON types, for `meta_info["kvshare"]`; times are rounded to microseconds."""
+        data = asdict(self) | {"outcome": self.outcome.value, "reason": self.reason.value}
+        return {k: round(v, 6) if isinstance(v, float) else v for k, v in data.items()}

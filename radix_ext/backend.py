@@ -1,0 +1,42 @@
+"""The radix cache backend `kvshare`: SGLang's UnifiedRadixCache plus three overrides.
+
+The exact tree stays exact: a request's KV enters it only up to the first token that reused another
+context's KV. What enters is indexed as a donor, what is flushed leaves the index.
+"""
+
+from __future__ import annotations
+
+from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+
+class KVShareRadixCache(UnifiedRadixCache):
+    """`pipeline` is attached by the factory; without it this is the stock cache."""
+
+    pipeline = None
+
+    def checkpoint(self, req, *, up_to: int, **kwargs) -> None:
+        if self.pipeline is not None:
+            up_to = min(up_to, self.pipeline.exact_up_to(req.rid))
+        super().checkpoint(req, up_to=up_to, **kwargs)
+        if self.pipeline is not None:
+            self.pipeline.publish(req)
+
+    def on_release(self, req, *, checkpointed: bool) -> None:
+        super().on_release(req, checkpointed=checkpointed)
+        if self.pipeline is not None:
+            self.pipeline.release(req.rid)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.pipeline is not None:
+            self.pipeline.flush()
+
+
+def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
+    """Factory for `register_radix_cache_backend`: build the cache and wire reuse into this rank's engine."""
+    from kvshare_sched.sglang_adapter import wire
+
+    cache = create_unified_radix_cache(ctx, cache_class=KVShareRadixCache)
+    cache.pipeline = wire(cache, ctx)
+    return cache

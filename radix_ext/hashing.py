@@ -1,0 +1,51 @@
+"""Window hashes of token ids and the winnowing that thins them out.
+
+A polynomial rolling hash modulo 2**64 over mixed token ids, computed for all windows at once. Winnowing
+(Schleimer, Wilkerson, Aiken 2003) keeps the smallest hash of every `span` consecutive ones: two texts that
+share at least `window + span - 1` tokens are then sure to share a kept hash, at about 2 / (span + 1) of the
+memory. Hashes only nominate; token ids are compared after every hit.
+"""
+
+import numpy as np
+
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, hence invertible modulo 2**64
+_INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
+
+
+def _mix(tokens: np.ndarray) -> np.ndarray:
+    """Spread token ids over 64 bits (splitmix64's finaliser)."""
+    x = tokens.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
+    """Hash of every window of `window` ids: uint64 [max(0, len(tokens) - window + 1)], O(len(tokens)).
+
+    hash(i) = sum over k < window of mix(tokens[i + k]) * base**-k, from one prefix sum.
+    """
+    count = len(tokens) - window + 1
+    if count <= 0:
+        return np.empty(0, np.uint64)
+    powers = np.full(len(tokens), _INVERSE)
+    powers[0] = 1
+    np.multiply.accumulate(powers, out=powers)
+    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(_mix(tokens) * powers)))
+    back = np.full(count, _BASE)
+    back[0] = 1
+    np.multiply.accumulate(back, out=back)
+    return (sums[window:] - sums[:-window]) * back
+
+
+def winnow(hashes: np.ndarray, span: int) -> np.ndarray:
+    """Ascending positions of the kept hashes: the leftmost minimum of every `span` consecutive ones, int64.
+
+    Fewer than `span` hashes keep their one minimum.
+    """
+    if len(hashes) == 0:
+        return np.empty(0, np.int64)
+    if len(hashes) <= span:
+        return np.array([int(np.argmin(hashes))], np.int64)
+    views = np.lib.stride_tricks.sliding_window_view(hashes, span)
+    return np.unique(views.argmin(axis=1) + np.arange(len(views)))

@@ -1,0 +1,93 @@
+"""From window hits to disjoint segments: whose KV should stand in for which part of a prompt.
+
+The donor's left context decides quality more than any recompute does, so at every position the donor wins
+whose *preceding* tokens agree longest with what precedes that position in the prompt. Inside one maximal run
+the agreement grows by one a token, and it carries over a short gap to the donor's next run (a changed
+heading between two passages that the donor holds in the same order).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+
+from kvshare_sched.types import Segment
+
+_MAX_DIAGONALS = 64  # (donor, offset) pairs examined in full: keeps a lookup linear in the prompt
+_MAX_GAP = 64  # tokens between two runs of a donor that still count as one left context
+
+
+def find_segments(
+    tokens: np.ndarray,
+    hits: list[tuple[int, int, int]],
+    donor_tokens: Callable[[int], np.ndarray],
+    *,
+    start: int,
+    end: int,
+    min_run: int,
+) -> tuple[Segment, ...]:
+    """Disjoint ascending segments inside tokens[start:end], each at least `min_run` long.
+
+    tokens int [prompt_len]; hits as given by `SegmentIndex.hits`; donor_tokens(id) the donor's ids. Every
+    segment's ids are equal to its donor's: hashes only nominate. Deterministic for equal inputs.
+    """
+    runs = _maximal_runs(tokens, hits, donor_tokens, start, end)
+    context = _left_context(runs)
+    # Two runs over one position keep their order of agreement along their whole overlap (both grow by one a
+    # token), so the runs can simply be painted in that order. Ties: longer, then the newer donor.
+    order = sorted(runs, key=lambda r: (r.start - context[r], -r.length, -r.donor_id, r.donor_start))
+    owner = np.full(max(0, end - start), -1, np.int64)
+    for index, run in enumerate(order):
+        stretch = owner[run.start - start : run.end - start]
+        stretch[stretch < 0] = index
+    if len(owner) == 0:
+        return ()
+    edges = np.flatnonzero(np.diff(owner)) + 1
+    bounds = [0, *edges.tolist(), len(owner)]
+    segments = (
+        order[owner[low]].clip(start + low, start + high)
+        for low, high in zip(bounds, bounds[1:], strict=False)
+        if owner[low] >= 0 and high - low >= min_run
+    )
+    return tuple(s for s in segments if s is not None)
+
+
+def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:
+    by_diagonal: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for donor_id, donor_position, position in hits:
+        by_diagonal[donor_id, donor_position - position].append(position)
+    # The fullest diagonals first; newer donors first among equals.
+    chosen = sorted(by_diagonal, key=lambda d: (-len(by_diagonal[d]), -d[0], d[1]))[:_MAX_DIAGONALS]
+    runs = []
+    for donor_id, offset in chosen:
+        donor = donor_tokens(donor_id)
+        low, high = max(start, -offset), min(end, len(donor) - offset)
+        if low >= high:
+            continue
+        equal = tokens[low:high] == donor[low + offset : high + offset]
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], equal.view(np.int8), [0]))))
+        starts, stops = edges[::2] + low, edges[1::2] + low
+        # Keep the runs that a hit points into; the equality above is what makes them true.
+        which = np.searchsorted(starts, by_diagonal[donor_id, offset], side="right") - 1
+        for i in np.unique(which[which >= 0]).tolist():
+            a, b = int(starts[i]), int(stops[i])
+            if any(a <= p < b for p in by_diagonal[donor_id, offset]):
+                runs.append(Segment(donor_id, a + offset, a, b - a))
+    return runs
+
+
+def _left_context(runs: list[Segment]) -> dict[Segment, int]:
+    """Tokens of the same donor that precede each run in prompt and donor alike, over gaps up to _MAX_GAP."""
+    context: dict[Segment, int] = {}
+    by_donor: dict[int, list[Segment]] = defaultdict(list)
+    for run in sorted(runs, key=lambda r: (r.start, r.donor_start)):
+        before = [
+            context[r] + r.length
+            for r in by_donor[run.donor_id][-8:]
+            if 0 <= run.start - r.end <= _MAX_GAP and 0 <= run.donor_start - r.donor_end <= _MAX_GAP
+        ]
+        context[run] = max(before, default=0)
+        by_donor[run.donor_id].append(run)
+    return context

@@ -1,0 +1,243 @@
+"""Which donors hold which text, at any offset.
+
+A donor is a token sequence whose exact KV lies on one path of the radix tree. The index keeps a thinned set
+of window hashes (`hashing.winnow`) per namespace, each with the few places where that window occurs. It
+holds token ids and places only, never slots: slots are read from the live tree when a donor is leased.
+
+Memory: 4 bytes of token id plus 2 / (span + 1) fingerprints of about 180 bytes a token, 24 bytes at the
+default window 16 and runs of 32.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvshare_sched.types import Namespace
+from radix_ext.hashing import window_hashes, winnow
+
+OCCURRENCES = 4  # places kept per fingerprint; the oldest gives way
+_NOWHERE = -1
+
+
+@dataclass(slots=True)
+class Donor:
+    """Tokens of one tree path. Mutable only inside the index."""
+
+    id: int
+    namespace: Namespace
+    tokens: np.ndarray  # int32 [length]
+    places: list[tuple[int, int]] = field(default_factory=list)  # (table row, position), ascending position
+    scanned: int = 0  # windows that start before this position have been fingerprinted
+
+
+class _Table:
+    """Fingerprint -> row of up to OCCURRENCES places, packed as donor id << 32 | position."""
+
+    __slots__ = ("row_of", "places", "free", "hash_of")
+
+    def __init__(self):
+        self.row_of: dict[int, int] = {}
+        self.places: list[list[int]] = []
+        self.hash_of: list[int] = []
+        self.free: list[int] = []
+
+    def row(self, fingerprint: int) -> int:
+        row = self.row_of.get(fingerprint)
+        if row is None:
+            if self.free:
+                row = self.free.pop()
+                self.hash_of[row] = fingerprint
+            else:
+                row = len(self.places)
+                self.places.append([])
+                self.hash_of.append(fingerprint)
+            self.row_of[fingerprint] = row
+        return row
+
+    def remove(self, row: int, place: int) -> int:
+        """Forget a place; returns how many there were (0 when newer ones had pushed it out)."""
+        places = self.places[row]
+        if place not in places:
+            return 0
+        places.remove(place)
+        if not places:
+            del self.row_of[self.hash_of[row]]
+            self.free.append(row)
+        return 1
+
+
+class SegmentIndex:
+    """Insert, extend, truncate and remove donors; look up the windows of a prompt.
+
+    | verb      | inputs               | mutates | complexity             |
+    |-----------|----------------------|---------|------------------------|
+    | add       | namespace, tokens    | yes     | O(new tokens)          |
+    | truncate  | donor id, length     | yes     | O(dropped fingerprints)|
+    | remove    | donor id             | yes     | O(its fingerprints)    |
+    | hits      | namespace, tokens    | no      | O(prompt)              |
+    """
+
+    def __init__(self, *, window: int, min_run: int, capacity: int):
+        self.window = window
+        self.span = min_run - window + 1  # every shared run of min_run tokens is found
+        self.capacity = capacity  # tokens
+        self.generation = 0  # changes whenever a lookup might answer differently
+        self.donors: OrderedDict[int, Donor] = OrderedDict()  # least recently used first
+        self._tables: dict[Namespace, _Table] = {}
+        self._next_id = 0
+        self.tokens = 0  # indexed, all namespaces
+        self.entries = 0  # places kept, all namespaces
+
+    # ---- changes ----
+
+    def add(self, namespace: Namespace, tokens: np.ndarray, donor_id: int | None = None) -> int | None:
+        """Index a donor's tokens (int [n]); returns its id, or None when other donors already stand for all
+        of it (the same path of the tree) or it is shorter than a window.
+
+        With the id of an earlier call the donor grows: `tokens` must begin with what it already holds.
+        Least recently used donors leave when the index would exceed its capacity.
+        """
+        donor = self.donors.get(donor_id) if donor_id is not None else None
+        if donor is None:
+            donor = Donor(self._next_id, namespace, np.empty(0, np.int32))
+            self._next_id += 1
+            self.donors[donor.id] = donor
+        self.tokens += len(tokens) - len(donor.tokens)
+        donor.tokens = np.asarray(tokens, dtype=np.int32).copy()
+        self._fingerprint(donor)
+        self.generation += 1
+        if not donor.places:
+            self.remove(donor.id)
+            return None
+        self.touch(donor.id)
+        while self.tokens > self.capacity and len(self.donors) > 1:
+            self.remove(next(iter(self.donors)))
+        return donor.id
+
+    def _fingerprint(self, donor: Donor) -> None:
+        # Winnowing is local: starting `span` windows back makes the same choices as one scan of everything.
+        start = max(0, donor.scanned - self.span + 1)
+        kept = winnow(window_hashes(donor.tokens[start:], self.window), self.span)
+        hashes = window_hashes(donor.tokens[start:], self.window)[kept].tolist()
+        table = self._tables.setdefault(donor.namespace, _Table())
+        seen = {position for _, position in donor.places[-2 * self.span :]}
+        shared: dict[int, int] = {}  # other donor -> length of the common beginning
+        for fingerprint, position in zip(hashes, (kept + start).tolist(), strict=True):
+            if position in seen:
+                continue
+            row = table.row(fingerprint)
+            places = table.places[row]
+            if any(self._same_path(donor, place, position, shared) for place in places):
+                continue  # another donor stands for this very node of the tree
+            if any(place >> 32 == donor.id for place in places):
+                continue  # text that repeats inside one donor: its first place is enough
+            if len(places) >= OCCURRENCES:
+                del places[0]
+            else:
+                self.entries += 1
+            places.append(donor.id << 32 | position)
+            donor.places.append((row, position))
+        donor.scanned = max(donor.scanned, len(donor.tokens) - self.window + 1)
+
+    def _same_path(self, donor: Donor, place: int, position: int, shared: dict[int, int]) -> bool:
+        other_id, other_position = place >> 32, place & 0xFFFFFFFF
+        if other_position != position or other_id == donor.id:
+            return False
+        if other_id not in shared:
+            other = self.donors[other_id].tokens if other_id in self.donors else np.empty(0, np.int32)
+            shared[other_id] = common_prefix(donor.tokens, other)
+        return shared[other_id] >= position + self.window
+
+    def truncate(self, donor_id: int, length: int) -> None:
+        """Forget a donor's tokens from `length` on (the tree evicted them); below one window it leaves."""
+        donor = self.donors.get(donor_id)
+        if donor is None or length >= len(donor.tokens):
+            return
+        if length < self.window:
+            self.remove(donor_id)
+            return
+        table = self._tables[donor.namespace]
+        while donor.places and donor.places[-1][1] + self.window > length:
+            row, position = donor.places.pop()
+            self.entries -= table.remove(row, donor.id << 32 | position)
+        self.tokens -= len(donor.tokens) - length
+        donor.tokens = donor.tokens[:length].copy()
+        donor.scanned = min(donor.scanned, length - self.window + 1)
+        self.generation += 1
+
+    def remove(self, donor_id: int) -> None:
+        """Forget a donor; unknown ids are ignored."""
+        donor = self.donors.pop(donor_id, None)
+        if donor is None:
+            return
+        table = self._tables.get(donor.namespace)
+        if table is not None:
+            for row, position in donor.places:
+                self.entries -= table.remove(row, donor.id << 32 | position)
+            if not table.row_of:
+                del self._tables[donor.namespace]
+        self.tokens -= len(donor.tokens)
+        self.generation += 1
+
+    def clear(self) -> None:
+        """Forget everything (the tree was flushed)."""
+        self.donors.clear()
+        self._tables.clear()
+        self.tokens = self.entries = 0
+        self.generation += 1
+
+    def touch(self, donor_id: int) -> None:
+        """Mark a donor as used just now."""
+        if donor_id in self.donors:
+            self.donors.move_to_end(donor_id)
+
+    # ---- questions ----
+
+    def hits(self, namespace: Namespace, tokens: np.ndarray, start: int = 0) -> list[tuple[int, int, int]]:
+        """(donor id, donor position, target position) of every window of tokens[start:] some donor holds.
+
+        Nominations by hash: the caller compares ids. No side effects.
+        """
+        table = self._tables.get(namespace)
+        if table is None:
+            return []
+        hashes = window_hashes(tokens[start:], self.window)
+        kept = winnow(hashes, self.span)
+        rows = map(table.row_of.get, hashes[kept].tolist())
+        return [
+            (place >> 32, place & 0xFFFFFFFF, start + position)
+            for row, position in zip(rows, kept.tolist(), strict=True)
+            if row is not None
+            for place in table.places[row]
+        ]
+
+    def __len__(self) -> int:
+        return len(self.donors)
+
+    def _check(self) -> None:
+        """Every structural truth, for tests."""
+        assert self.tokens == sum(len(d.tokens) for d in self.donors.values())
+        assert self.tokens <= self.capacity or len(self.donors) <= 1
+        assert self.entries == sum(len(p) for t in self._tables.values() for p in t.places)
+        for namespace, table in self._tables.items():
+            assert table.row_of, f"empty table of {namespace}"
+            assert len(table.row_of) + len(table.free) == len(table.places)
+            for fingerprint, row in table.row_of.items():
+                assert 0 < len(table.places[row]) <= OCCURRENCES
+                for place in table.places[row]:
+                    donor = self.donors[place >> 32]  # no place of a donor that left
+                    position = place & 0xFFFFFFFF
+                    assert donor.namespace == namespace
+                    text = donor.tokens[position : position + self.window]
+                    assert window_hashes(text, self.window).tolist() == [fingerprint]
+                    assert (row, position) in donor.places
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common beginning of two id arrays."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n

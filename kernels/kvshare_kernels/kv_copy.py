@@ -20,21 +20,15 @@ def rotate_run(
 ) -> torch.Tensor:
     """Rotate keys [n, G, D] of one run by the same shift; computes in float32, returns k's dtype."""
     half = cos.shape[0]
-    out = k.clone()
-    if neox:
-        a, b = k[..., :half], k[..., half : 2 * half]
-        out_a, out_b = out[..., :half], out[..., half : 2 * half]
-    else:
-        a, b = k[..., 0 : 2 * half : 2], k[..., 1 : 2 * half : 2]
-        out_a, out_b = out[..., 0 : 2 * half : 2], out[..., 1 : 2 * half : 2]
-    if k.dtype == torch.float32:
-        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-        return out
-    a, b = a.float(), b.float()  # half precision loses the angle: rotate in float32, round once
-    out_a.copy_(a * cos - b * sin)
-    out_b.copy_(b * cos + a * sin)
-    return out
+    a, b = (
+        (slice(0, half), slice(half, 2 * half)) if neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    )
+    out = k.clone() if k.dtype == torch.float32 else k.float()  # half precision would lose the angle
+    first, second = out[..., a], out[..., b]
+    turned = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(turned)
+    return out.to(k.dtype)
 
 
 def copy_rotate(
@@ -53,6 +47,6 @@ def copy_rotate(
     angles = [rotation_rows(cos_sin, shift) for _, _, shift in runs]
     for keys, values in zip(k_buffers, v_buffers, strict=True):
         for (source, target, shift), (cos, sin) in zip(runs, angles, strict=True):
-            moved = keys[source]
-            keys[target] = rotate_run(moved, cos, sin, neox=neox) if shift else moved
-            values[target] = values[source]
+            moved = keys.index_select(0, source)
+            keys.index_copy_(0, target, rotate_run(moved, cos, sin, neox=neox) if shift else moved)
+            values.index_copy_(0, target, values.index_select(0, source))

@@ -22,7 +22,7 @@ class _Rows(NamedTuple):
 
     start: int  # first row in the batch
     stop: int
-    slots: torch.Tensor  # int64 [last position + 1], the request's KV slots
+    slots: torch.Tensor | slice  # the request's KV slots, int64 [last position + 1], or their one range
     positions: torch.Tensor  # int64 [stop - start], ascending
 
 
@@ -31,6 +31,17 @@ class _Decode(NamedTuple):
 
     slots: torch.Tensor  # int64 [batch, longest]
     mask: torch.Tensor | None  # bool [batch, 1, 1, longest], None when nothing is padded
+
+
+def _as_range(slots: torch.Tensor) -> torch.Tensor | slice:
+    """One slice when the slots are consecutive (a fresh request's usually are): its keys need no gather."""
+    first = int(slots[0])
+    consecutive = torch.equal(slots, torch.arange(first, first + len(slots)))
+    return slice(first, first + len(slots)) if consecutive else slots
+
+
+def _take(buffer: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
+    return buffer[slots] if isinstance(slots, slice) else buffer.index_select(0, slots)
 
 
 class PortableCpuAttention(AttentionBackend):
@@ -60,7 +71,7 @@ class PortableCpuAttention(AttentionBackend):
                 stop, last = stop + lengths[i], prefixes[i] + lengths[i]
                 i += 1
             if stop > start:
-                slots = self.req_to_token[request, :last].long()
+                slots = _as_range(self.req_to_token[request, :last].long())
                 positions = batch.positions[start:stop].long()
                 plan.append(_Rows(start, stop, slots, positions))
             start = stop
@@ -99,7 +110,7 @@ class PortableCpuAttention(AttentionBackend):
 
     def _attend(self, plan, keys, values, q, out, layer):
         for start, stop, slots, positions in plan:
-            k, v = keys[slots].to(q.dtype), values[slots].to(q.dtype)
+            k, v = _take(keys, slots).to(q.dtype), _take(values, slots).to(q.dtype)
             attend_rows(q[start:stop], k, v, positions, layer.scaling, out[start:stop])
 
     def _store_and_view(self, q, k, v, layer, batch, save):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class _Chunk:
     def budget(self, share: float) -> int:
         """How many of the candidates a share of the reused rows buys beside the forced ones."""
         reused = int(self.reused.sum())
-        return max(0, max(1, int(share * reused)) - int(self.forced.sum()))
+        return max(0, math.ceil(share * reused) - int(self.forced.sum()))
 
 
 class Executor:

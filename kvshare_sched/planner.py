@@ -6,6 +6,7 @@ so every rank plans alike.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvshare_sched.config import KVShareConfig
@@ -65,9 +66,9 @@ def rows_per_layer(
     per_layer, current, checks = [], rows, list(strategy.checks(config, layers))
     if not checks:
         share = {"full": 1.0, "naive": 0.0}.get(strategy.name, config.ratio)
-        current = fresh + min(reused, max(forced, int(share * reused)))
+        current = fresh + max(forced, math.ceil(share * reused))
     for layer in range(layers):
         per_layer.append(current)
         while checks and checks[0].layer == layer:
-            current = fresh + min(reused, forced + int(checks.pop(0).share * reused))
+            current = fresh + max(forced, math.ceil(checks.pop(0).share * reused))
     return per_layer

@@ -11,14 +11,14 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import add_attention_backend_choices
 
-    from kvshare_sched import client_report
+    from kvshare_sched import client_report, support
 
     if CPU_ATTENTION not in ATTENTION_BACKENDS:
         add_attention_backend_choices([CPU_ATTENTION])
         register_attention_backend(CPU_ATTENTION)(_cpu_attention)
     if BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(BACKEND, _radix_cache)
-    for seam, hook in client_report.hooks().items():
+    for seam, hook in {**support.hooks(), **client_report.hooks()}.items():
         HookRegistry.register(seam, hook, HookType.AROUND)
 
 

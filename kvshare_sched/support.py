@@ -6,11 +6,13 @@ weight is loaded; `refuse` looks at the loaded engine as well.
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 
 import torch
 
-from kvshare_sched.errors import UnsupportedError
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.errors import ConfigError, UnsupportedError
 
 SGLANG_VERSION = "0.5.23"
 
@@ -49,9 +51,44 @@ def version_refusal() -> str | None:
     )
 
 
+def check_server_args(original, server_args):
+    """Around `ServerArgs.check_server_args`, in the launcher: stop before anything is spawned, one line each."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+    from sglang.srt.mem_cache.registry import registered_radix_cache_backends
+
+    from kvshare_sched.plugin import BACKEND
+
+    original(server_args)
+    chosen = resolved_view(server_args).radix_cache_backend
+    if chosen != BACKEND:
+        # SGLang finds out only when the model is loaded; a slip of the pen should not take that long.
+        if chosen not in registered_radix_cache_backends() and difflib.get_close_matches(str(chosen), [BACKEND]):
+            raise SystemExit(
+                f"kvshare: --radix-cache-backend {chosen!r} is not registered; accepted: "
+                f"{', '.join(registered_radix_cache_backends())}. Did you mean {BACKEND}?"
+            )
+        return
+    try:
+        KVShareConfig.load()
+        found = refusals(server_args)
+    except ConfigError as problem:
+        found = [str(problem)]
+    if found:
+        raise SystemExit("\n".join(f"kvshare: {line}" for line in found))
+
+
+def hooks() -> dict[str, object]:
+    """Seam -> hook body, all of kind AROUND."""
+    return {"sglang.srt.server_args.ServerArgs.check_server_args": check_server_args}
+
+
 def refusals(server_args) -> list[str]:
     """One line for every setting or model feature that cannot be served, from configuration alone."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+
     found = [line] if (line := version_refusal()) else []
+    model = model_config_of(server_args)
+    server_args = resolved_view(server_args)
     for name, (fine, why) in _SETTINGS.items():
         value = getattr(server_args, name, None)
         accepted = fine if isinstance(fine, tuple) else (fine,)
@@ -62,22 +99,21 @@ def refusals(server_args) -> list[str]:
             f"kv_cache_dtype={server_args.kv_cache_dtype!r} is not supported: rotating quantised keys is untested. "
             f"Accepted: {', '.join(_KV_DTYPES)}."
         )
-    return found + _model_refusals(server_args)
+    return found + _model_refusals(model)
 
 
-def _model_refusals(server_args) -> list[str]:
-    from sglang.srt.configs.model_config import AttentionArch, ModelConfig
+def _model_refusals(model) -> list[str]:
+    from sglang.srt.configs.model_config import AttentionArch
 
-    model = ModelConfig.from_server_args(server_args)
     names = ", ".join(model.hf_config.architectures or ["?"])
     found = []
     if not model.is_generation:
         found.append(f"model {names} is not a generation model: there is no KV to reuse.")
     if model.attention_arch != AttentionArch.MHA:
         found.append(f"model {names} uses {model.attention_arch.name} attention; accepted: plain MHA/GQA.")
-    if model.is_hybrid_swa or getattr(model.hf_text_config, "sliding_window", None) and getattr(
-        model.hf_text_config, "use_sliding_window", True
-    ):
+    text = model.hf_text_config
+    windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    if model.is_hybrid_swa or windowed:
         found.append(f"model {names} uses sliding-window attention; accepted: full attention in every layer.")
     if model.is_multimodal:
         found.append(f"model {names} is multimodal; accepted: text models.")

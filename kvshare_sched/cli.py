@@ -1,0 +1,81 @@
+"""The console command `kvshare`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from kvshare_sched import __version__
+from kvshare_sched.errors import KVShareError
+
+_SERVE_HELP = """start stock SGLang; every SGLang argument passes through, kvshare only fills in defaults:
+--radix-cache-backend kvshare, --enable-metrics and, without a GPU, --device cpu, --dtype float32,
+--attention-backend kvshare_cpu, and the embedded model when no --model-path is given"""
+
+
+def _serve(options, rest: list[str]) -> int:
+    from kvshare_sched import model, server
+
+    arguments = server.fill_defaults(rest)
+    if not any(a.split("=")[0] in ("--model-path", "--model") for a in rest):
+        arguments += ["--model-path", str(model.prepare())]
+    line = server.command(arguments)
+    print("[kvshare serve] " + " ".join(line[1:]), file=sys.stderr, flush=True)
+    os.execv(line[0], line)
+
+
+def _model(options, rest: list[str]) -> int:
+    from kvshare_sched import model
+
+    path = model.prepare()
+    if options.print_path:
+        print(path)
+    return 0
+
+
+def _doctor(options, rest: list[str]) -> int:
+    from kvshare_sched import doctor
+
+    return doctor.examine(rest)
+
+
+def _demo(options, rest: list[str]) -> int:
+    from kvshare_sched import demo
+
+    return demo.run(cases=options.cases, out=options.out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvshare", description="Non-prefix KV reuse for SGLang.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="start stock SGLang with our defaults", description=_SERVE_HELP)
+    serve.set_defaults(run=_serve, passes_through=True)
+    demo = commands.add_parser("demo", help="reuse off and on, side by side, on the embedded model")
+    demo.add_argument("--cases", type=int, default=8, help="prompts; half of 2,000 and half of 4,000 tokens")
+    demo.add_argument("--out", default="out", help="folder for demo.json and the picture")
+    demo.set_defaults(run=_demo, passes_through=False)
+    model = commands.add_parser("model", help="prepare the embedded model, once")
+    model.add_argument("--print-path", action="store_true", help="print its folder as the last line of stdout")
+    model.set_defaults(run=_model, passes_through=False)
+    doctor = commands.add_parser("doctor", help="what is installed and what would be refused; takes SGLang arguments")
+    doctor.set_defaults(run=_doctor, passes_through=True)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code. Known errors are one readable line."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and not options.passes_through:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return options.run(options, rest)
+    except KVShareError as problem:
+        print(f"kvshare: {problem}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

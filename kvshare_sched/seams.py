@@ -1,0 +1,141 @@
+"""Every place of SGLang 0.5.23 we hold on to, in one list; `kvshare doctor` and the contract tests check it.
+
+A seam is a dotted path and the parameters (or members) that must be there. After an SGLang upgrade this list
+fails first, with a readable line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pkgutil
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """One place we rely on: `names` are parameters of a callable, or fields and attributes of a class."""
+
+    path: str
+    names: tuple[str, ...] = ()
+    kind: str = "parameters"  # or "members"
+
+    def problem(self) -> str | None:
+        """None when the installed SGLang has it, else what is wrong."""
+        try:
+            found = pkgutil.resolve_name(self.path)
+        except Exception as error:
+            return f"{self.path}: not found ({type(error).__name__}: {error})"
+        missing = [name for name in self.names if name not in _names_of(found, self.kind)]
+        return f"{self.path}: without {', '.join(missing)}" if missing else None
+
+
+def _names_of(found, kind: str) -> set[str]:
+    if kind == "parameters":
+        return set(inspect.signature(found).parameters)
+    names = set(dir(found))
+    for cls in inspect.getmro(found) if inspect.isclass(found) else ():
+        names |= set(getattr(cls, "__annotations__", ()))
+        if dataclasses.is_dataclass(cls):
+            names |= {f.name for f in dataclasses.fields(cls)}
+    return names
+
+
+_SRT = "sglang.srt"
+_TREE = f"{_SRT}.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
+_CACHE = f"{_SRT}.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_ADDER = f"{_SRT}.managers.schedule_policy.PrefillAdder"
+_OPENAI = f"{_SRT}.entrypoints.openai"
+
+SEAMS = (
+    # be loaded
+    Seam(f"{_SRT}.plugins.load_plugins"),
+    Seam(f"{_SRT}.plugins.hook_registry.HookRegistry.register", ("target", "hook", "hook_type")),
+    Seam(f"{_SRT}.plugins.hook_registry.HookType.AROUND"),
+    Seam(f"{_SRT}.server_args.add_attention_backend_choices"),
+    Seam(f"{_SRT}.server_args.ServerArgs.check_server_args", ("self",)),
+    Seam(f"{_SRT}.arg_groups.model_override_base.resolved_view", ("server_args",)),
+    Seam(f"{_SRT}.arg_groups.model_override_base.model_config_of", ("server_args",)),
+    # the plain CPU
+    Seam(f"{_SRT}.platforms.cpu.CpuDeviceMixin"),
+    Seam(f"{_SRT}.platforms.interface.SRTPlatform.apply_server_args_defaults", ("self", "server_args")),
+    Seam(f"{_SRT}.platforms.interface.SRTPlatform.get_default_attention_backend"),
+    Seam(f"{_SRT}.layers.attention.attention_registry.register_attention_backend", ("name",)),
+    Seam(
+        f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend.forward_extend",
+        ("q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
+    ),
+    Seam(
+        f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata",
+        ("forward_batch",),
+    ),
+    Seam(f"{_SRT}.mem_cache.memory_pool.KVWriteLoc"),
+    # own the cache
+    Seam(f"{_SRT}.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),
+    Seam(f"{_SRT}.mem_cache.registry.create_unified_radix_cache", ("ctx", "cache_class")),
+    Seam(
+        f"{_SRT}.mem_cache.registry.TreeCacheBuildContext",
+        ("server_args", "params", "tp_worker", "tp_rank"),
+    ),
+    Seam(f"{_CACHE}.checkpoint", ("req", "up_to")),
+    Seam(f"{_CACHE}.on_release", ("req", "checkpointed")),
+    Seam(f"{_CACHE}.reset"),
+    Seam(f"{_CACHE}.path_device_indices", ("node",)),
+    Seam(f"{_CACHE}.touch_prefix", ("key",)),
+    # read and pin donors
+    Seam(f"{_TREE}.match_full_device_prefix", ("key",)),
+    Seam(f"{_TREE}.inc_full_pin", ("node_id",)),
+    Seam(f"{_TREE}.dec_full_pin", ("node_id",)),
+    Seam(f"{_SRT}.mem_cache.radix_cache.RadixKey", ("token_ids", "extra_key", "cache_salt")),
+    # admission
+    Seam(f"{_ADDER}.add_one_req", ("req", "has_chunked_req", "truncation_align_size")),
+    Seam(f"{_ADDER}.add_chunked_req", ("req",)),
+    Seam(f"{_ADDER}.budget_state"),
+    # run some rows through some layers
+    Seam(
+        f"{_SRT}.model_executor.forward_batch_info.ForwardBatch",
+        (
+            "rids",
+            "extend_prefix_lens_cpu",
+            "extend_seq_lens_cpu",
+            "out_cache_loc",
+            "req_pool_indices",
+            "residual_stream",
+            "hidden_states",
+        ),
+        kind="members",
+    ),
+    Seam(
+        f"{_SRT}.models.llama.LlamaForCausalLM.forward_split_prefill",
+        ("input_ids", "positions", "forward_batch", "split_interval"),
+    ),
+    Seam(f"{_SRT}.layers.layer_boundary.residual.batch.to_pp", ("hidden_states", "forward_batch")),
+    Seam(f"{_SRT}.layers.layer_boundary.stage.StageBoundary.from_pp", ("tensors", "forward_batch")),
+    Seam(
+        f"{_SRT}.layers.logits_processor.LogitsProcessor.forward",
+        ("input_ids", "hidden_states", "lm_head", "logits_metadata"),
+    ),
+    Seam(f"{_SRT}.layers.radix_attention.RadixAttention.forward", ("q", "k", "v", "forward_batch")),
+    Seam(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", ("layer_id",)),
+    Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.all_reduce"),
+    Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.broadcast_object", ("obj", "src")),
+    # tell the client
+    Seam(
+        f"{_SRT}.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
+        ("meta_info", "state", "customized_info", "index", "finish_reason"),
+    ),
+    Seam(
+        f"{_OPENAI}.serving_chat.OpenAIServingChat._build_chat_response", ("request", "ret", "created")
+    ),
+    Seam(f"{_OPENAI}.serving_chat.OpenAIServingChat._generate_chat_stream"),
+    Seam(
+        f"{_OPENAI}.serving_completions.OpenAIServingCompletion._build_completion_response",
+        ("request", "ret", "created"),
+    ),
+    Seam(f"{_OPENAI}.serving_completions.OpenAIServingCompletion._generate_completion_stream"),
+)
+
+
+def problems() -> list[str]:
+    """One line for every seam the installed SGLang does not have."""
+    return [problem for seam in SEAMS if (problem := seam.problem()) is not None]

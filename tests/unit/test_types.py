@@ -1,0 +1,131 @@
+"""The records check themselves when they are made, and answer questions about ranges correctly."""
+
+import json
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+
+from kvshare_sched.errors import PlanError
+from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
+
+
+def view(length=10, exact_len=0, fresh_from=10):
+    return RequestView("r", Namespace(), np.arange(length), exact_len, fresh_from)
+
+
+def report(**changes):
+    values = {"exact": 1, "reused": 4, "recomputed": 2, "fresh": 3, "outcome": Outcome.REUSED}
+    return ShareReport(**(values | {"reason": Reason.NONE} | changes))
+
+
+def test_namespace_parts_are_framed_not_concatenated():
+    parts = [Namespace("ab", "c"), Namespace("a", "bc"), Namespace("abc"), Namespace(None, "abc"), Namespace()]
+    parts += [Namespace(lora_id="abc"), Namespace("ab", None, "c")]
+    assert len(set(parts)) == len(parts)
+
+
+def test_empty_namespace_part_means_absent():
+    assert Namespace("", "", "") == Namespace() == Namespace(None, None, None)
+    assert hash(Namespace("")) == hash(Namespace())
+
+
+def test_segment_arithmetic():
+    segment = Segment(donor_id=7, donor_start=100, start=40, length=8)
+    assert (segment.end, segment.donor_end, segment.shift) == (48, 108, -60)
+
+
+@pytest.mark.parametrize("fields", [(0, 0, 0, 0), (0, 0, 0, -1), (0, -1, 0, 1), (0, 0, -1, 1)])
+def test_impossible_segment_is_refused(fields):
+    with pytest.raises(PlanError, match="length > 0"):
+        Segment(*fields)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "wanted"),
+    [
+        (0, 100, (100, 40, 8)),
+        (42, 46, (102, 42, 4)),
+        (0, 41, (100, 40, 1)),
+        (47, 100, (107, 47, 1)),
+        (0, 40, None),
+        (48, 60, None),
+        (44, 44, None),
+        (46, 42, None),
+    ],
+)
+def test_clip_moves_donor_and_target_alike(start, end, wanted):
+    part = Segment(7, 100, 40, 8).clip(start, end)
+    assert (part and (part.donor_start, part.start, part.length)) == wanted
+    assert part is None or (part.shift == -60 and part.donor_id == 7)
+
+
+def test_records_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        Segment(0, 0, 0, 1).length = 2
+    with pytest.raises(FrozenInstanceError):
+        Namespace().extra_key = "other tenant"
+
+
+@pytest.mark.parametrize("wrong", [{"exact_len": -1}, {"exact_len": 11}, {"fresh_from": 11}, {"fresh_from": -1}])
+def test_view_outside_the_prompt_is_refused(wrong):
+    with pytest.raises(PlanError, match="request r: .*prompt_len=10"):
+        view(**wrong)
+
+
+def test_view_bounds_are_inclusive():
+    assert view(exact_len=10, fresh_from=0).prompt_len == 10
+
+
+@pytest.mark.parametrize(
+    ("exact_len", "segments"),
+    [
+        (0, [(0, 10), (9, 5)]),  # overlap
+        (0, [(10, 5), (0, 5)]),  # order
+        (4, [(3, 5)]),  # inside the exact prefix
+        (0, [(10, 10)]),  # the last token
+        (0, [(30, 5)]),  # beyond the prompt
+    ],
+)
+def test_contradictory_plan_is_refused(exact_len, segments):
+    with pytest.raises(PlanError):
+        ReusePlan(20, exact_len, tuple(Segment(0, 0, start, length) for start, length in segments))
+
+
+def test_plan_questions():
+    plan = ReusePlan(30, 2, (Segment(0, 5, 4, 6), Segment(1, 0, 10, 5), Segment(0, 50, 20, 9)), forced_head=2)
+    assert (plan.reused_len, plan.fresh_len, plan.approximate_from) == (20, 8, 4)
+    assert plan.forced_positions(0, 30).tolist() == [4, 5, 10, 11, 20, 21]
+    assert plan.forced_positions(5, 11).tolist() == [5, 10]
+    assert plan.forced_positions(12, 20).tolist() == []
+    assert np.flatnonzero(plan.reused_mask(8, 22)).tolist() == [0, 1, 2, 3, 4, 5, 6, 12, 13]
+    assert [(s.donor_id, s.donor_start, s.start, s.length) for s in plan.clip(8, 22)] == [
+        (0, 9, 8, 2),
+        (1, 0, 10, 5),
+        (0, 50, 20, 2),
+    ]
+
+
+def test_plan_without_segments_is_all_exact_or_fresh():
+    plan = ReusePlan(30, 12, ())
+    assert (plan.reused_len, plan.fresh_len, plan.approximate_from) == (0, 18, 30)
+    assert plan.forced_positions(0, 30).dtype == np.int64 and len(plan.forced_positions(0, 30)) == 0
+    assert not plan.reused_mask(0, 30).any() and list(plan.clip(0, 30)) == []
+
+
+def test_forced_head_never_leaves_a_short_segment():
+    plan = ReusePlan(30, 0, (Segment(0, 0, 4, 3), Segment(0, 9, 8, 3)), forced_head=100)
+    assert plan.forced_positions(0, 30).tolist() == [4, 5, 6, 8, 9, 10]
+
+
+@pytest.mark.parametrize("wrong", [{"exact": -1}, {"reused": -1}, {"fresh": -1}, {"recomputed": 5}, {"recomputed": -1}])
+def test_contradictory_report_is_refused(wrong):
+    with pytest.raises(PlanError, match="contradictory"):
+        report(**wrong)
+
+
+def test_report_is_plain_json():
+    data = report(match_s=0.00123456789, computed_cells=12).to_json()
+    assert json.loads(json.dumps(data)) == data
+    assert (data["outcome"], data["reason"], data["match_s"]) == ("reused", "none", 0.001235)
+    assert report().prompt_len == data["exact"] + data["reused"] + data["fresh"] == 8

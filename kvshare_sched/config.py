@@ -42,7 +42,7 @@ class KVShareConfig:
     window: int = _setting(16, "tokens", "length of the hashed windows", low=2, high=256)
     min_run: int = _setting(32, "tokens", "shorter matches are left alone", low=2)
     forced_head: int = _setting(
-        4, "tokens", "first tokens of a run, always recomputed: attention sinks of the donor", low=0
+        8, "tokens", "first tokens of a run, always recomputed: attention sinks of the donor", low=0
     )
     min_suffix: int = _setting(
         64, "tokens", "requests with fewer tokens outside the exact prefix skip the lookup", low=1
@@ -63,7 +63,7 @@ class KVShareConfig:
                     f"Set {_variable(item.name)} or the key in KVSHARE_CONFIG."
                 )
             low, high = limits["low"], limits["high"]
-            if (low is not None and value < low) or (high is not None and value > high):
+            if (low is not None and not value >= low) or (high is not None and not value <= high):  # NaN too
                 allowed = f"{'' if low is None else f'{low} <= '}{item.name}{'' if high is None else f' <= {high}'}"
                 raise ConfigError(
                     f"{item.name}={value!r} is out of range; accepted: {allowed} ({limits['unit']}). "

@@ -77,7 +77,7 @@ class Executor:
             return self._ordinary(input_ids, positions, forward_batch, *args, **kwargs)
         try:
             if any(c.reused.any() for c in chunks):
-                with torch.inference_mode():
+                with torch.no_grad():
                     output = self._run(input_ids, positions, forward_batch, chunks)
                 self._settle(chunks)
                 return output

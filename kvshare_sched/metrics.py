@@ -10,6 +10,13 @@ from kvshare_sched.types import Outcome, Reason, ShareReport
 
 ORIGINS = ("exact", "reused", "fresh")
 PHASES = ("match", "copy", "recompute")
+# Every pair that can occur. (reused, error): a later chunk of a long prompt failed and ran as ordinary prefill.
+LABELS = (
+    (Outcome.REUSED, Reason.NONE),
+    (Outcome.REUSED, Reason.ERROR),
+    (Outcome.DISCOVERED, Reason.NONE),
+    *((Outcome.ORDINARY, reason) for reason in Reason if reason is not Reason.NONE),
+)
 
 
 class ShareMetrics:
@@ -49,18 +56,18 @@ class ShareMetrics:
             self._tokens.labels(origin)
         for phase in PHASES:
             self._seconds.labels(phase)
-        for reason in Reason:
-            for outcome in Outcome:
-                if (outcome is Outcome.ORDINARY) != (reason is Reason.NONE):
-                    self._requests.labels(outcome.value, reason.value)
+        for outcome, reason in LABELS:
+            self._requests.labels(outcome.value, reason.value)
 
     def record(self, report: ShareReport) -> None:
-        """Count one request."""
+        """Count one request; a prompt that runs again after a retraction counts its tokens only once."""
+        self._requests.labels(report.outcome.value, report.reason.value).inc()
+        if report.reason is Reason.RETRACTED:
+            return
         for origin in ORIGINS:
             self._tokens.labels(origin).inc(getattr(report, origin))
         self._recomputed.inc(report.recomputed)
         self._discovered.inc(report.discovered)
-        self._requests.labels(report.outcome.value, report.reason.value).inc()
         self._cells.inc(report.computed_cells)
         for phase in PHASES:
             self._seconds.labels(phase).inc(getattr(report, f"{phase}_s"))

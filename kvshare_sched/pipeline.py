@@ -11,14 +11,14 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
 from kvshare_sched.strategies import get as get_strategy
-from kvshare_sched.types import Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
+from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
 from radix_ext.donors import DonorLease, DonorTree
 from radix_ext.matcher import find_segments
 from radix_ext.segment_index import SegmentIndex
@@ -144,6 +144,8 @@ class Pipeline:
             except Exception:
                 logger.exception("kvshare: planning failed for request %s; ordinary prefill", rid)
                 reason = Reason.ERROR
+        # A retracted request comes back with output tokens behind its prompt, and those may be cached too.
+        exact_len = min(exact_len, prompt_len)
         session = Session(rid, prompt_len, exact_len, plan, reason, leases=leases, outcome=outcome)
         session.discovered = discovered
         session.match_s = time.perf_counter() - started
@@ -209,10 +211,13 @@ class Pipeline:
         self._gauges()
 
     def abandon(self, session: Session) -> None:
-        """The executor failed: the rest of this request runs as ordinary prefill."""
+        """The executor failed: the rest of this request runs as ordinary prefill; earlier chunks stand."""
         self._release_leases(session.leases)
-        session.plan = None
-        session.outcome, session.reason = Outcome.ORDINARY, Reason.ERROR
+        session.reason = Reason.ERROR
+        kept = tuple(session.plan.clip(0, session.done_upto)) if session.plan is not None else ()
+        session.plan = replace(session.plan, segments=kept) if kept else None
+        if session.plan is None:
+            session.outcome = Outcome.ORDINARY
 
     def report_of(self, session: Session) -> ShareReport:
         """What is known about a request by now."""
@@ -237,13 +242,18 @@ class Pipeline:
         )
 
     def _report(self, session: Session) -> None:
-        if not session.reported:
-            session.reported = True
+        """Tell client and metrics, once. Never raises: an answer without a report beats no answer."""
+        if session.reported:
+            return
+        session.reported = True
+        try:
             report = self.report_of(session)
             if session.on_report is not None:
                 session.on_report(report)
             if self.metrics is not None:
                 self.metrics.record(report)
+        except Exception:
+            logger.exception("kvshare: no report for request %s", session.rid)
 
     def release(self, rid: str) -> None:
         """The request's KV row was given back (finished, aborted or retracted)."""
@@ -262,21 +272,21 @@ class Pipeline:
             return 1 << 62
         return session.approximate_from
 
-    def publish(self, req) -> None:
-        """What the tree has just taken from a request becomes a donor. Never raises."""
-        try:
-            length = req.kv.cache_protected_len
-            if self.config.mode == "off" or length < self.config.min_run:
-                return
-            tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64, count=length)
-            from kvshare_sched.sglang_adapter import namespace_of
+    def publish(self, rid: str, namespace: Namespace, tokens: np.ndarray) -> None:
+        """What the tree now holds of a request becomes a donor, or lets it grow. Never raises.
 
-            donor_id = self.index.add(namespace_of(req), tokens, self._donor_of.get(req.rid))
-            if donor_id is not None:
-                self._donor_of[req.rid] = donor_id
-            self._gauges()
+        tokens int [n]: the request's leading tokens whose exact KV is in the tree.
+        """
+        if self.config.mode == "off" or len(tokens) < self.config.min_run:
+            return
+        try:
+            donor_id = self.index.add(namespace, tokens, self._donor_of.get(rid))
         except Exception:
-            logger.exception("kvshare: could not index request %s as a donor", req.rid)
+            logger.exception("kvshare: could not index request %s as a donor", rid)
+            return
+        if donor_id is not None:
+            self._donor_of[rid] = donor_id
+        self._gauges()
 
     def flush(self) -> None:
         """The tree was emptied."""

@@ -37,15 +37,16 @@ def build_plan(
     costs: CostModel,
 ) -> ReusePlan | Reason:
     """The plan for a request's whole prompt, or the reason to run it as ordinary prefill."""
-    if not segments:
-        return Reason.NO_MATCH
     last = min(view.fresh_from, view.prompt_len - 1)
+    cut = view.fresh_from < view.prompt_len - 1
+    if not segments:  # the lookup may have found nothing because there was no room for a run
+        return Reason.PROMPT_LOGPROBS if cut and last - view.exact_len < config.min_run else Reason.NO_MATCH
     clipped = (s.clip(view.exact_len, last) for s in segments)
     kept = tuple(s for s in clipped if s is not None and s.length >= config.min_run)
     if not kept:
-        return Reason.PROMPT_LOGPROBS if view.fresh_from < view.prompt_len - 1 else Reason.NO_MATCH
+        return Reason.PROMPT_LOGPROBS if cut else Reason.NO_MATCH
     plan = ReusePlan(view.prompt_len, view.exact_len, kept, strategy.forced_head(config))
-    if strategy.name == "full":  # the reference always runs: it is asked for, not chosen for speed
+    if strategy.name == "full" or config.ratio >= 1:  # the reference is asked for, not chosen for speed
         return plan
     return plan if costs.saving_s(plan, expected_cells(plan, strategy, config, costs.layers)) > 0 else Reason.NOT_WORTH
 

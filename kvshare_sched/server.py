@@ -33,7 +33,9 @@ def fill_defaults(arguments: Sequence[str]) -> list[str]:
 
     default("--radix-cache-backend", "kvshare")
     default("--enable-metrics")
-    if not has_nvidia_gpu():
+    if has_nvidia_gpu():
+        default("--disable-prefill-cuda-graph")
+    else:
         default("--device", "cpu")
         default("--dtype", "float32")
         default("--attention-backend", "kvshare_cpu")

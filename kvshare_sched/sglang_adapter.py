@@ -28,8 +28,21 @@ def namespace_of(req) -> Namespace:
     return Namespace(req.extra_key, req.cache_salt, req.lora_id)
 
 
+def tokens_of(req) -> np.ndarray:
+    """Prompt and output ids so far, int64. A copy: a view would forbid SGLang to append to its array."""
+    return np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64).copy()
+
+
 def view_of(req) -> RequestView | Reason:
-    """What the planner may know of a request, or why it cannot take part."""
+    """What the planner may know of a request, or why it cannot take part. Never raises."""
+    try:
+        return _view_of(req)
+    except Exception:
+        logger.exception("kvshare: request %s could not be read; ordinary prefill", req.rid)
+        return Reason.ERROR
+
+
+def _view_of(req) -> RequestView | Reason:
     params = req.sampling_params.custom_params or {}
     if params.get(REPORT_KEY) == "off":
         return Reason.OPTED_OUT
@@ -45,7 +58,7 @@ def view_of(req) -> RequestView | Reason:
         or req.skip_radix_cache_insert
     ):
         return Reason.UNSUPPORTED_INPUT
-    tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
+    tokens = tokens_of(req)
     fresh_from = len(tokens)
     if req.return_logprob and req.logprob_start_len >= 0:
         # The row before the first wanted token predicts it.

@@ -85,6 +85,7 @@ def hooks() -> dict[str, object]:
 def refusals(server_args) -> list[str]:
     """One line for every setting or model feature that cannot be served, from configuration alone."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+    from sglang.srt.model_executor.cuda_graph_config import Backend
 
     found = [line] if (line := version_refusal()) else []
     model = model_config_of(server_args)
@@ -98,6 +99,11 @@ def refusals(server_args) -> list[str]:
         found.append(
             f"kv_cache_dtype={server_args.kv_cache_dtype!r} is not supported: rotating quantised keys is untested. "
             f"Accepted: {', '.join(_KV_DTYPES)}."
+        )
+    if server_args.cuda_graph_config.prefill.backend != Backend.DISABLED:
+        found.append(
+            "prefill CUDA graphs are not supported: a captured graph runs all rows of all layers. "
+            "Add --disable-prefill-cuda-graph."
         )
     return found + _model_refusals(model)
 

@@ -81,7 +81,7 @@ class RequestView:
         return len(self.token_ids)
 
     def __post_init__(self):
-        if not 0 <= self.exact_len <= len(self.token_ids) or self.fresh_from > len(self.token_ids):
+        if not (0 <= self.exact_len <= self.prompt_len and 0 <= self.fresh_from <= self.prompt_len):
             raise PlanError(
                 f"request {self.rid}: exact_len={self.exact_len} and fresh_from={self.fresh_from} "
                 f"must lie inside prompt_len={len(self.token_ids)}"

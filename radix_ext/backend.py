@@ -9,6 +9,8 @@ from __future__ import annotations
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from kvshare_sched.sglang_adapter import namespace_of, tokens_of, wire
+
 
 class KVShareRadixCache(UnifiedRadixCache):
     """`pipeline` is attached by the factory; without it this is the stock cache."""
@@ -20,7 +22,7 @@ class KVShareRadixCache(UnifiedRadixCache):
             up_to = min(up_to, self.pipeline.exact_up_to(req.rid))
         super().checkpoint(req, up_to=up_to, **kwargs)
         if self.pipeline is not None:
-            self.pipeline.publish(req)
+            self.pipeline.publish(req.rid, namespace_of(req), tokens_of(req)[: req.kv.cache_protected_len])
 
     def on_release(self, req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
@@ -35,8 +37,6 @@ class KVShareRadixCache(UnifiedRadixCache):
 
 def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
     """Factory for `register_radix_cache_backend`: build the cache and wire reuse into this rank's engine."""
-    from kvshare_sched.sglang_adapter import wire
-
     cache = create_unified_radix_cache(ctx, cache_class=KVShareRadixCache)
     cache.pipeline = wire(cache, ctx)
     return cache

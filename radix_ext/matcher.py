@@ -17,6 +17,7 @@ from kvshare_sched.types import Segment
 
 _MAX_DIAGONALS = 64  # (donor, offset) pairs examined in full: keeps a lookup linear in the prompt
 _MAX_GAP = 64  # tokens between two runs of a donor that still count as one left context
+_LOOK_BACK = 512  # tokens before `start` (exact KV) that still count as left context
 
 
 def find_segments(
@@ -36,22 +37,19 @@ def find_segments(
     runs = _maximal_runs(tokens, hits, donor_tokens, start, end)
     context = _left_context(runs)
     # Two runs over one position keep their order of agreement along their whole overlap (both grow by one a
-    # token), so the runs can simply be painted in that order. Ties: longer, then the newer donor.
+    # token), so the runs can simply be painted in that order. Ties: longer, then the newer donor. A stretch
+    # too short to be used takes nothing from the runs after it.
     order = sorted(runs, key=lambda r: (r.start - context[r], -r.length, -r.donor_id, r.donor_start))
-    owner = np.full(max(0, end - start), -1, np.int64)
-    for index, run in enumerate(order):
-        stretch = owner[run.start - start : run.end - start]
-        stretch[stretch < 0] = index
-    if len(owner) == 0:
-        return ()
-    edges = np.flatnonzero(np.diff(owner)) + 1
-    bounds = [0, *edges.tolist(), len(owner)]
-    segments = (
-        order[owner[low]].clip(start + low, start + high)
-        for low, high in zip(bounds, bounds[1:], strict=False)
-        if owner[low] >= 0 and high - low >= min_run
-    )
-    return tuple(s for s in segments if s is not None)
+    taken = np.zeros(max(0, end - start), bool)
+    segments = []
+    for run in order:
+        low = max(run.start, start)
+        edges = np.flatnonzero(np.diff(taken[low - start : run.end - start], prepend=True, append=True))
+        for a, b in zip((edges[::2] + low).tolist(), (edges[1::2] + low).tolist(), strict=True):
+            if b - a >= min_run:
+                taken[a - start : b - start] = True
+                segments.append(run.clip(a, b))
+    return tuple(sorted(segments, key=lambda s: s.start))
 
 
 def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:
@@ -63,7 +61,7 @@ def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:
     runs = []
     for donor_id, offset in chosen:
         donor = donor_tokens(donor_id)
-        low, high = max(start, -offset), min(end, len(donor) - offset)
+        low, high = max(0, start - _LOOK_BACK, -offset), min(end, len(donor) - offset)
         if low >= high:
             continue
         equal = tokens[low:high] == donor[low + offset : high + offset]
@@ -73,7 +71,7 @@ def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:
         which = np.searchsorted(starts, by_diagonal[donor_id, offset], side="right") - 1
         for i in np.unique(which[which >= 0]).tolist():
             a, b = int(starts[i]), int(stops[i])
-            if any(a <= p < b for p in by_diagonal[donor_id, offset]):
+            if b > start and any(a <= p < b for p in by_diagonal[donor_id, offset]):
                 runs.append(Segment(donor_id, a + offset, a, b - a))
     return runs
 

@@ -120,8 +120,11 @@ class SegmentIndex:
     def _fingerprint(self, donor: Donor) -> None:
         # Winnowing is local: starting `span` windows back makes the same choices as one scan of everything.
         start = max(0, donor.scanned - self.span + 1)
-        kept = winnow(window_hashes(donor.tokens[start:], self.window), self.span)
-        hashes = window_hashes(donor.tokens[start:], self.window)[kept].tolist()
+        found = window_hashes(donor.tokens[start:], self.window)
+        if start + len(found) <= donor.scanned:
+            return  # no new window
+        kept = winnow(found, self.span)
+        hashes = found[kept].tolist()
         table = self._tables.setdefault(donor.namespace, _Table())
         seen = {position for _, position in donor.places[-2 * self.span :]}
         shared: dict[int, int] = {}  # other donor -> length of the common beginning
@@ -140,6 +143,8 @@ class SegmentIndex:
                 self.entries += 1
             places.append(donor.id << 32 | position)
             donor.places.append((row, position))
+        # A place passed over for another donor that has left since may come in late.
+        donor.places.sort(key=lambda place: place[1])
         donor.scanned = max(donor.scanned, len(donor.tokens) - self.window + 1)
 
     def _same_path(self, donor: Donor, place: int, position: int, shared: dict[int, int]) -> bool:
@@ -177,7 +182,8 @@ class SegmentIndex:
         if table is not None:
             for row, position in donor.places:
                 self.entries -= table.remove(row, donor.id << 32 | position)
-            if not table.row_of:
+            # The places of a donor that newer ones displaced still name rows: the table stays until it leaves.
+            if not table.row_of and all(d.namespace != donor.namespace for d in self.donors.values()):
                 del self._tables[donor.namespace]
         self.tokens -= len(donor.tokens)
         self.generation += 1
@@ -222,8 +228,11 @@ class SegmentIndex:
         assert self.tokens == sum(len(d.tokens) for d in self.donors.values())
         assert self.tokens <= self.capacity or len(self.donors) <= 1
         assert self.entries == sum(len(p) for t in self._tables.values() for p in t.places)
+        for donor in self.donors.values():
+            positions = [position for _, position in donor.places]
+            assert positions == sorted(set(positions)) and all(p + self.window <= len(donor.tokens) for p in positions)
+        assert self._tables.keys() == {d.namespace for d in self.donors.values()}
         for namespace, table in self._tables.items():
-            assert table.row_of, f"empty table of {namespace}"
             assert len(table.row_of) + len(table.free) == len(table.places)
             for fingerprint, row in table.row_of.items():
                 assert 0 < len(table.places[row]) <= OCCURRENCES

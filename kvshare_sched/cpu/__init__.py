@@ -2,9 +2,13 @@
 
 `activate` is the entry point of group `sglang.srt.platforms`. It answers only where no accelerator is
 present and nobody chose SGLang's own CPU engine, so on a GPU machine the platform stays invisible.
+`register_attention` is an entry point of group `sglang.srt.plugins` of its own: `SGLANG_PLUGINS=kvshare_cpu`
+runs stock SGLang on this platform and backend without anything else of ours.
 """
 
 import os
+
+ATTENTION_BACKEND = "kvshare_cpu"
 
 
 def has_nvidia_gpu() -> bool:
@@ -25,3 +29,19 @@ def activate() -> str | None:
     threads.configure()
     torchvision_ops.install()
     return "kvshare_sched.cpu.platform.PortableCpuPlatform"
+
+
+def register_attention() -> None:
+    """Entry point: make `--attention-backend kvshare_cpu` known; runs in every SGLang process, idempotent."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
+    from sglang.srt.server_args import add_attention_backend_choices
+
+    if ATTENTION_BACKEND not in ATTENTION_BACKENDS:
+        add_attention_backend_choices([ATTENTION_BACKEND])
+        register_attention_backend(ATTENTION_BACKEND)(_create_attention)
+
+
+def _create_attention(model_runner):
+    from kvshare_sched.cpu.attention import PortableCpuAttention
+
+    return PortableCpuAttention(model_runner)

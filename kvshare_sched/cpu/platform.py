@@ -9,7 +9,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-ATTENTION_BACKEND = "kvshare_cpu"
+from kvshare_sched.cpu import ATTENTION_BACKEND
+
 _MEMORY_SHARE = 0.3  # of main memory, weights included
 
 

@@ -21,7 +21,7 @@ def _run_heads(positions: torch.Tensor, config: KVShareConfig) -> torch.Tensor:
     first = torch.nonzero(starts).flatten()
     run = torch.cumsum(starts.long(), 0) - 1
     into_run = torch.arange(len(positions)) - first[run]
-    per_run = max(1, int(config.ratio * len(positions)) // len(first))
+    per_run = int(config.ratio * len(positions)) // len(first)
     return positions[into_run < per_run]
 
 

@@ -11,7 +11,9 @@ from kvshare_sched.strategies import names
 FIELDS = {f.name: f for f in fields(KVShareConfig)}
 NUMBERS = [f for f in FIELDS.values() if isinstance(f.default, int | float)]
 CHOICES = {"mode": ("off", "discover", "on"), "alpha": ("colsum", "one_query"), "strategy": names()}
-BELOW = [f"KVSHARE_{f.name.upper()}={f.metadata['low'] - 1}" for f in NUMBERS if f.metadata["low"] is not None]
+BELOW = [
+    f"KVSHARE_{f.name.upper()}={f.metadata['low'] - 1}" for f in NUMBERS if f.metadata["low"] is not None
+]
 
 
 def load(text="", **env):
@@ -61,7 +63,9 @@ def test_a_near_miss_gets_a_suggestion():
     assert "did you mean" not in refusal("KVSHARE_STRATEGY=zzzzzz")
 
 
-@pytest.mark.parametrize("pair", [*BELOW, "KVSHARE_RATIO=1.01", "KVSHARE_RATIO=inf", "KVSHARE_RATIO=nan", "KVSHARE_WINDOW=257"])
+@pytest.mark.parametrize(
+    "pair", [*BELOW, "KVSHARE_RATIO=1.01", "KVSHARE_RATIO=inf", "KVSHARE_RATIO=nan", "KVSHARE_WINDOW=257"]
+)
 def test_out_of_range_is_refused_with_value_range_and_remedy(pair):
     variable, value = pair.split("=")
     name = variable.removeprefix("KVSHARE_").lower()
@@ -74,12 +78,15 @@ def test_out_of_range_is_refused_with_value_range_and_remedy(pair):
 @pytest.mark.parametrize("item", NUMBERS, ids=lambda f: f.name)
 def test_the_bounds_themselves_are_accepted(item):
     for bound in filter(lambda b: b is not None, (item.metadata["low"], item.metadata["high"])):
-        around = {"window": f"KVSHARE_MIN_RUN={bound}", "min_run": f"KVSHARE_WINDOW={bound}"}.get(item.name, "")
+        around = {"window": f"KVSHARE_MIN_RUN={bound}", "min_run": f"KVSHARE_WINDOW={bound}"}.get(
+            item.name, ""
+        )
         assert getattr(load(f"KVSHARE_{item.name.upper()}={bound} {around}"), item.name) == bound
 
 
 @pytest.mark.parametrize(
-    ("pair", "kind"), [("KVSHARE_RATIO=ten", "float"), ("KVSHARE_WINDOW=1.5", "int"), ("KVSHARE_WINDOW=", "int")]
+    ("pair", "kind"),
+    [("KVSHARE_RATIO=ten", "float"), ("KVSHARE_WINDOW=1.5", "int"), ("KVSHARE_WINDOW=", "int")],
 )
 def test_text_that_is_no_number_is_refused(pair, kind):
     variable, value = pair.split("=")
@@ -138,4 +145,6 @@ def test_describe_is_enough_to_set_it_again():
     config = load("KVSHARE_STRATEGY=epic KVSHARE_RATIO=0.15 KVSHARE_MODE=discover KVSHARE_MIN_RUN=48")
     line = config.describe()
     assert "\n" not in line and len(line.split()) == len(FIELDS)
-    assert load(" ".join(f"KVSHARE_{k.upper()}={v}" for k, v in (p.split("=") for p in line.split()))) == config
+    assert (
+        load(" ".join(f"KVSHARE_{k.upper()}={v}" for k, v in (p.split("=") for p in line.split()))) == config
+    )

@@ -14,7 +14,9 @@ CHEAP = CostModel(cell_s=1e-5, copy_s=1e-7, overhead_s=0.0, layers=6)
 CONFIG = KVShareConfig(min_run=32, ratio=0.1, forced_head=4)
 
 
-def plan(segments, *, length=300, exact_len=0, fresh_from=None, strategy="kvshare", config=CONFIG, costs=CHEAP):
+def plan(
+    segments, *, length=300, exact_len=0, fresh_from=None, strategy="kvshare", config=CONFIG, costs=CHEAP
+):
     view = RequestView(
         "r", Namespace(), np.arange(length), exact_len, length if fresh_from is None else fresh_from
     )

@@ -1,0 +1,16 @@
+.PHONY: setup demo test check serve
+
+setup:            ## .venv with stock SGLang and the embedded model; returns at once when it is there
+	@bash scripts/setup.sh
+
+demo: setup       ## the main job: stock SGLang, real model, reuse off and on side by side
+	@.venv/bin/kvshare demo
+
+test: setup       ## everything: unit, property, ops, contract, then end-to-end on the real server
+	@.venv/bin/python -m pytest -q tests
+
+check: setup      ## style, import layers, SGLang's seams
+	@bash scripts/check.sh
+
+serve: setup      ## a server on port 30000; ARGS="..." are SGLang's own
+	@.venv/bin/kvshare serve $(ARGS)

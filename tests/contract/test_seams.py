@@ -1,0 +1,119 @@
+"""SGLang as we know it: every seam, the version, and who imports whom. Look here first after an upgrade."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvshare_sched import support
+from kvshare_sched.seams import SEAMS, Seam
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {"kvshare_sched": ROOT / "kvshare_sched", "radix_ext": ROOT / "radix_ext"}
+PACKAGES["kvshare_kernels"] = ROOT / "kernels" / "kvshare_kernels"
+
+# Layer of each module, low to high; a module may import only what is lower or equal. (style: arrows point down)
+LAYERS = (
+    {"kvshare_sched.errors", "kvshare_sched", "radix_ext"},
+    {"kvshare_sched.types"},
+    {"kvshare_kernels"},
+    {"radix_ext.hashing", "kvshare_sched.config", "kvshare_sched.strategies"},
+    {"radix_ext.segment_index", "radix_ext.matcher", "kvshare_sched.strategies.base"},
+    {"radix_ext.donors", "kvshare_sched.planner", "kvshare_sched.metrics"},
+    {"kvshare_sched.strategies.blend", "kvshare_sched.strategies.controls"},
+    {"kvshare_sched.pipeline"},
+    {"kvshare_sched.executor", "kvshare_sched.support", "kvshare_sched.client_report"},
+    {"kvshare_sched.sglang_adapter"},
+    {"radix_ext.backend"},
+    {"kvshare_sched.plugin", "kvshare_sched.cpu"},
+)
+# Only these may name SGLang.
+TOUCHES_SGLANG = {
+    "kvshare_sched.plugin",
+    "kvshare_sched.sglang_adapter",
+    "kvshare_sched.executor",
+    "kvshare_sched.support",
+    "kvshare_sched.seams",
+    "kvshare_sched.doctor",
+    "kvshare_sched.demo",
+    "kvshare_sched.cpu",
+    "kvshare_sched.cpu.platform",
+    "kvshare_sched.cpu.attention",
+    "radix_ext.backend",
+    "radix_ext.donors",
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(p for p in parts if p != "__init__")))] = path
+    return found
+
+
+def imports_of(path: Path, *, top_level_only: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda s: s.path.removeprefix("sglang.srt."))
+def test_seam(seam):
+    assert seam.problem() is None
+
+
+def test_a_missing_seam_is_told_readably():
+    assert "not found" in Seam("sglang.srt.no_such_module.thing").problem()
+    assert "without no_such_parameter" in Seam("sglang.srt.plugins.load_plugins", ("no_such_parameter",)).problem()
+
+
+def test_another_sglang_version_is_refused_by_name(monkeypatch):
+    assert support.version_refusal() is None
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.24")
+    line = support.version_refusal()
+    assert "0.5.24" in line and support.SGLANG_VERSION in line and "Install" in line
+
+
+def test_entry_points_are_installed():
+    groups = {g: {e.name for e in importlib.metadata.entry_points(group=g)} for g in ("sglang.srt.plugins", "sglang.srt.platforms")}
+    assert {"kvshare", "kvshare_cpu"} <= groups["sglang.srt.plugins"]
+    assert "kvshare_cpu" in groups["sglang.srt.platforms"]
+
+
+def test_kernels_is_still_somebody_elses_name():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_imports_point_down():
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for module, path in modules().items():
+        if module not in rank:
+            continue
+        for name in imports_of(path, top_level_only=True):
+            target = name if name in rank else name.rsplit(".", 1)[0]
+            if target in rank and target != module:
+                assert rank[target] <= rank[module], f"{module} imports {name}, which is above it"
+
+
+def test_few_modules_touch_sglang():
+    for module, path in modules().items():
+        named = {n for n in imports_of(path, top_level_only=False) if n.split(".")[0] == "sglang"}
+        assert not named or module in TOUCHES_SGLANG, f"{module} imports {sorted(named)}"
+
+
+def test_importing_the_packages_is_instant():
+    code = "import sys, kvshare_sched, kvshare_sched.config; sys.exit('torch' in sys.modules or 'sglang' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,131 @@
+"""Every prompt token has one origin, chunks partition a plan, and charges behave like costs."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.pipeline import Pipeline, Session
+from kvshare_sched.planner import CostModel, build_plan, expected_cells, rows_per_layer
+from kvshare_sched.strategies import get, names
+from kvshare_sched.types import Namespace, Reason, RequestView, ReusePlan, Segment
+
+configs = st.builds(
+    KVShareConfig,
+    strategy=st.sampled_from(names()),
+    ratio=st.floats(0, 1),
+    check_layer=st.integers(1, 6),
+    min_run=st.integers(16, 40),
+    forced_head=st.integers(0, 30),
+)
+layer_counts = st.integers(1, 12)
+
+
+@st.composite
+def segment_lists(draw):
+    """Disjoint ascending segments, some of them touching."""
+    edge, found = 0, []
+    for gap, length, donor in draw(
+        st.lists(st.tuples(st.integers(0, 30), st.integers(1, 90), st.integers(0, 3)), max_size=5)
+    ):
+        found.append(Segment(donor, draw(st.integers(0, 50)), edge + gap, length))
+        edge += gap + length
+    return tuple(found)
+
+
+@st.composite
+def plans(draw):
+    segments = draw(segment_lists())
+    end = segments[-1].end if segments else 0
+    exact_len = draw(st.integers(0, segments[0].start if segments else 20))
+    prompt_len = max(end, exact_len) + draw(st.integers(1, 40))
+    return ReusePlan(prompt_len, exact_len, segments, draw(st.integers(0, 30)))
+
+
+@st.composite
+def cuts(draw, plan):
+    """Ascending chunk borders from the exact prefix to the end of the prompt."""
+    inner = draw(st.lists(st.integers(plan.exact_len, plan.prompt_len), max_size=6))
+    return sorted({plan.exact_len, plan.prompt_len, *inner})
+
+
+@given(segment_lists(), st.integers(0, 60), st.integers(0, 60), st.data(), configs)
+def test_every_prompt_token_has_one_origin(segments, after, exact_len, data, config):
+    prompt_len = max((segments[-1].end if segments else 0) + after, exact_len, 1)
+    fresh_from = data.draw(st.integers(0, prompt_len))
+    view = RequestView("r", Namespace(), np.zeros(prompt_len, np.int64), exact_len, fresh_from)
+    free = CostModel(cell_s=1.0, copy_s=0.0, overhead_s=-1.0, layers=4)  # never refused for its price
+    plan = build_plan(view, segments, get(config.strategy), config, free)
+    if isinstance(plan, Reason):
+        room = (s.clip(exact_len, min(fresh_from, prompt_len - 1)) for s in segments)
+        assert not any(s is not None and s.length >= config.min_run for s in room)
+        return
+    origin = np.zeros(prompt_len, int)
+    origin[:exact_len] += 1
+    for s in plan.segments:
+        origin[s.start : s.end] += 1
+        assert s.length >= config.min_run
+        assert any(t.clip(s.start, s.end) == s for t in segments)  # part of a match: same donor, same shift
+    assert origin.max(initial=0) <= 1
+    assert not plan.reused_mask(min(fresh_from, prompt_len - 1), prompt_len).any()
+    assert plan.exact_len + plan.reused_len + plan.fresh_len == prompt_len
+    assert (origin == 0).sum() == plan.fresh_len >= 1
+    assert plan.reused_mask(exact_len, prompt_len).sum() == plan.reused_len
+    assert (origin[: plan.approximate_from] == 0).sum() == plan.approximate_from - exact_len
+
+
+@given(plans(), st.data())
+def test_chunks_partition_the_plan(plan, data):
+    borders = data.draw(cuts(plan))
+    chunks = list(zip(borders, borders[1:], strict=False))
+    tokens = [
+        (s.donor_id, s.donor_start + i, s.start + i)
+        for a, b in chunks
+        for s in plan.clip(a, b)
+        for i in range(s.length)
+    ]
+    whole = [(s.donor_id, s.donor_start + i, s.start + i) for s in plan.segments for i in range(s.length)]
+    assert tokens == whole
+    forced = [p for a, b in chunks for p in plan.forced_positions(a, b).tolist()]
+    assert forced == plan.forced_positions(plan.exact_len, plan.prompt_len).tolist()
+    mask = np.concatenate([plan.reused_mask(a, b) for a, b in chunks]) if chunks else np.zeros(0, bool)
+    assert mask.tolist() == plan.reused_mask(plan.exact_len, plan.prompt_len).tolist()
+    assert set(forced) <= set((np.flatnonzero(mask) + plan.exact_len).tolist())
+
+
+@given(plans(), configs, layer_counts)
+def test_rows_never_grow_with_depth_and_never_exceed_ordinary(plan, config, layers):
+    strategy = get(config.strategy)
+    rows = rows_per_layer(plan, plan.exact_len, plan.prompt_len, strategy, config, layers)
+    assert len(rows) == layers and rows == sorted(rows, reverse=True)
+    assert plan.fresh_len <= rows[-1] and rows[0] <= plan.prompt_len - plan.exact_len
+    assert expected_cells(plan, strategy, config, layers) == sum(rows)
+
+
+def pipeline_for(config, layers) -> Pipeline:
+    return Pipeline(config, tree=None, costs=CostModel(1.0, 0.0, 0.0, layers))
+
+
+@given(plans(), configs, layer_counts, st.data())
+def test_charge_grows_with_the_chunk_and_stays_below_ordinary(plan, config, layers, data):
+    pipeline = pipeline_for(config, layers)
+    session = Session("r", plan.prompt_len, plan.exact_len, plan, Reason.NONE)
+    ordinary = Session("o", plan.prompt_len, plan.exact_len, None, Reason.NO_MATCH)
+    start = data.draw(st.integers(plan.exact_len, plan.prompt_len))
+    charges = [pipeline.charge(session, start, end) for end in range(start, plan.prompt_len + 1)]
+    assert charges[0] == 0 and charges == sorted(charges)
+    for end, charge in enumerate(charges, start):
+        assert charge <= end - start == pipeline.charge(ordinary, start, end)
+
+
+@given(plans(), configs, layer_counts, st.data())
+def test_chunk_end_is_the_largest_within_the_budget(plan, config, layers, data):
+    pipeline = pipeline_for(config, layers)
+    session = Session("r", plan.prompt_len, plan.exact_len, plan, Reason.NONE)
+    start = data.draw(st.integers(plan.exact_len, plan.prompt_len))
+    whole = data.draw(st.integers(start, plan.prompt_len))
+    budget = data.draw(st.integers(0, plan.prompt_len))
+    end = pipeline.end_for_budget(session, start, budget, whole)
+    assert start <= end <= whole and pipeline.charge(session, start, end) <= budget
+    assert end == whole or pipeline.charge(session, start, end + 1) > budget
+    assert end >= min(whole, start + budget)  # never fewer tokens than ordinary prefill would get

@@ -1,0 +1,43 @@
+"""A stand-in for the live tree: answers as `radix_ext.donors.DonorTree` does, without SGLang."""
+
+import torch
+
+from radix_ext.donors import DonorLease
+
+
+class FakeTree:
+    """Every indexed donor is wholly there, until `evict` says how much of it is left."""
+
+    def __init__(self):
+        self.active = 0
+        self.touched: list[int] = []
+        self.calls: list[str] = []  # verbs used, in order
+        self._left: dict[int, int] = {}
+        self.refuse_lease: set[int] = set()  # donors that vanish between match and lease
+        self.fail_lease: set[int] = set()  # donors whose lease raises
+
+    def evict(self, donor_id: int, left: int) -> None:
+        self._left[donor_id] = left
+
+    def live_len(self, donor) -> int:
+        self.calls.append("live_len")
+        return min(len(donor.tokens), self._left.get(donor.id, len(donor.tokens)))
+
+    def lease(self, donor, length: int) -> DonorLease | None:
+        self.calls.append("lease")
+        if donor.id in self.fail_lease:
+            raise RuntimeError("the tree broke")
+        if donor.id in self.refuse_lease or self._left.get(donor.id, length) < length:
+            return None
+        self.active += 1
+        return DonorLease(donor.id, 1000 * donor.id + torch.arange(length), node=donor.id)
+
+    def release(self, lease: DonorLease) -> None:
+        self.calls.append("release")
+        if not lease.released:
+            lease.released = True
+            self.active -= 1
+
+    def touch(self, donor) -> None:
+        self.calls.append("touch")
+        self.touched.append(donor.id)

@@ -1,0 +1,102 @@
+"""Window hashes equal their definition; winnowing keeps its promise."""
+
+import numpy as np
+import pytest
+
+from radix_ext.hashing import window_hashes, winnow
+
+_BASE, _RING = 0x9E3779B97F4A7C15, 1 << 64
+
+
+def naive_mix(token: int) -> int:
+    """splitmix64's finaliser on Python integers."""
+    x = (token + 0x9E3779B97F4A7C15) % _RING
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % _RING
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % _RING
+    return x ^ (x >> 31)
+
+
+def naive_hashes(tokens, window: int) -> list[int]:
+    inverse = pow(_BASE, -1, _RING)
+    return [
+        sum(naive_mix(int(t)) * pow(inverse, k, _RING) for k, t in enumerate(tokens[i : i + window])) % _RING
+        for i in range(len(tokens) - window + 1)
+    ]
+
+
+def naive_winnow(hashes, span: int) -> list[int]:
+    if len(hashes) <= span:
+        return [min(range(len(hashes)), key=lambda i: (hashes[i], i))] if len(hashes) else []
+    groups = range(len(hashes) - span + 1)
+    return sorted({min(range(g, g + span), key=lambda i: (hashes[i], i)) for g in groups})
+
+
+def random_tokens(length, *, high=50_000, seed=0, dtype=np.int64):
+    return np.random.default_rng(seed).integers(0, high, length).astype(dtype)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 16, 31])
+@pytest.mark.parametrize("length", [0, 1, 2, 15, 16, 17, 64, 257])
+def test_hashes_equal_the_definition(window, length):
+    tokens = random_tokens(length, seed=length)
+    hashes = window_hashes(tokens, window)
+    assert hashes.dtype == np.uint64 and hashes.tolist() == naive_hashes(tokens, window)
+
+
+@pytest.mark.parametrize("token", [0, 1, 2**31 - 1, 2**31, 2**62])
+def test_extreme_ids(token):
+    tokens = np.array([token, 0, token, token], np.int64)
+    assert window_hashes(tokens, 2).tolist() == naive_hashes(tokens, 2)
+
+
+def test_index_and_prompt_hash_alike_whatever_their_integer_type():
+    tokens = random_tokens(40)
+    assert window_hashes(tokens.astype(np.int32), 16).tolist() == window_hashes(tokens, 16).tolist()
+
+
+def test_hash_depends_on_the_window_alone():
+    text = random_tokens(20, seed=1)
+    moved = np.concatenate((random_tokens(333, seed=2), text))
+    assert window_hashes(moved, 16)[-5:].tolist() == window_hashes(text, 16).tolist()
+
+
+def test_order_of_tokens_matters():
+    tokens = random_tokens(16)
+    assert window_hashes(tokens, 16)[0] != window_hashes(tokens[::-1].copy(), 16)[0]
+
+
+def test_different_windows_do_not_collide():
+    hashes = window_hashes(random_tokens(20_000, high=100), 8)
+    assert len(np.unique(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize("span", [1, 2, 5, 17])
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 17, 18, 200])
+@pytest.mark.parametrize("values", [3, 2**63])
+def test_winnow_equals_the_definition(span, count, values):
+    hashes = np.random.default_rng(count).integers(0, values, count).astype(np.uint64)
+    assert winnow(hashes, span).tolist() == naive_winnow(hashes.tolist(), span)
+
+
+def test_span_of_one_keeps_everything():
+    assert winnow(np.array([3, 1, 2], np.uint64), 1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("window", "span"), [(4, 3), (16, 17), (16, 1), (8, 25)])
+@pytest.mark.parametrize("high", [2, 50_000])
+def test_texts_that_share_enough_share_a_fingerprint(window, span, high):
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        common = rng.integers(0, high, window + span - 1)
+        kept = []
+        for before, after in rng.integers(0, 60, (2, 2)):
+            text = np.concatenate((rng.integers(0, high, before), common, rng.integers(0, high, after)))
+            chosen = winnow(window_hashes(text, window), span)
+            inside = chosen[(chosen >= before) & (chosen < before + span)]
+            kept.append(set((inside - before).tolist()))
+        assert kept[0] & kept[1], (seed, kept)
+
+
+def test_density_is_about_two_over_span_plus_one():
+    kept = winnow(window_hashes(random_tokens(20_000), 16), 17)
+    assert len(kept) / 20_000 == pytest.approx(2 / 18, rel=0.1)

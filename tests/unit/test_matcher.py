@@ -1,0 +1,277 @@
+"""Which donor stands in for which part of a prompt: equal ids, left context, ties, gaps, collisions."""
+
+import numpy as np
+import pytest
+
+from kvshare_sched.types import Namespace
+from radix_ext import segment_index
+from radix_ext.matcher import find_segments
+from radix_ext.segment_index import SegmentIndex
+
+HERE = Namespace("here")
+WINDOW, MIN_RUN = 4, 8
+
+
+def text(seed: int, length: int = 30) -> np.ndarray:
+    """Ids of one seed never meet those of another."""
+    return np.random.default_rng(seed).permutation(1000)[:length] + 1000 * seed
+
+
+def join(*parts) -> np.ndarray:
+    return np.concatenate(parts)
+
+
+class Library:
+    """A few donors and the question of every test."""
+
+    def __init__(self, *donors, window=WINDOW, min_run=MIN_RUN):
+        self.min_run = min_run
+        self.index = SegmentIndex(window=window, min_run=min_run, capacity=1 << 20)
+        self.ids = [self.index.add(HERE, tokens) for tokens in donors]
+
+    def tokens(self, donor_id: int) -> np.ndarray:
+        return self.index.donors[donor_id].tokens
+
+    def segments(self, prompt, start=0, end=None):
+        end = len(prompt) if end is None else end
+        hits = self.index.hits(HERE, prompt, start)
+        found = find_segments(prompt, hits, self.tokens, start=start, end=end, min_run=self.min_run)
+        edge = start
+        for s in found:
+            assert s.start >= edge and s.end <= end and s.length >= self.min_run
+            assert (
+                prompt[s.start : s.end].tolist()
+                == self.tokens(s.donor_id)[s.donor_start : s.donor_end].tolist()
+            )
+            edge = s.end
+        return found
+
+    def found(self, prompt, **bounds):
+        """(number of the donor, its start, prompt start, length) of every segment."""
+        return [
+            (self.ids.index(s.donor_id), s.donor_start, s.start, s.length)
+            for s in self.segments(prompt, **bounds)
+        ]
+
+
+def test_nothing_shared():
+    assert Library(text(1)).found(text(2)) == []
+    assert Library().found(text(2)) == []
+    assert Library(text(1)).found(text(1)[:0]) == []
+
+
+def test_whole_run_is_found_at_another_offset():
+    assert Library(join(text(1), text(2), text(3))).found(join(text(8, 5), text(2), text(9))) == [
+        (0, 30, 5, 30)
+    ]
+
+
+def test_runs_reach_to_the_first_different_token_on_both_sides():
+    donor = join(text(1), text(2))
+    prompt = donor.copy()
+    prompt[[10, 40]] = 1
+    assert Library(donor).found(prompt) == [(0, 0, 0, 10), (0, 11, 11, 29), (0, 41, 41, 19)]
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(MIN_RUN - 1, []), (MIN_RUN, [(0, 0, 6, MIN_RUN)])])
+def test_min_run_is_the_shortest_segment(length, wanted):
+    assert Library(text(1)).found(join(text(8, 6), text(1)[:length], text(9, 6))) == wanted
+
+
+def test_bounds_cut_segments():
+    library, prompt = Library(text(1)), join(text(8, 10), text(1))
+    assert library.found(prompt, start=15, end=32) == [(0, 5, 15, 17)]
+    assert library.found(prompt, start=15, end=15 + MIN_RUN - 1) == []
+    assert library.found(prompt, start=40) == library.found(prompt, end=0) == []
+
+
+def test_several_donors_several_runs_and_gaps():
+    library = Library(join(text(1), text(2)), join(text(3), text(4)), text(5))
+    prompt = join(text(9, 7), text(4), text(1), text(8, 3), text(5), text(9, 11)[7:])
+    assert library.found(prompt) == [(1, 30, 7, 30), (0, 0, 37, 30), (2, 0, 70, 30)]
+
+
+def test_donor_may_be_longer_or_shorter_than_the_prompt():
+    long = join(*(text(i) for i in range(1, 20)))
+    assert Library(long).found(text(7)[5:20]) == [(0, 185, 0, 15)]
+    assert Library(text(7, 10)).found(long) == [(0, 0, 180, 10)]
+
+
+def test_text_repeated_in_the_prompt_is_reused_every_time():
+    prompt = join(text(1), text(9, 3), text(1), text(8, 3), text(1))
+    assert Library(text(1)).found(prompt) == [(0, 0, 0, 30), (0, 0, 33, 30), (0, 0, 66, 30)]
+
+
+def test_earliest_started_run_wins_where_two_overlap():
+    newer = Library(join(text(1), text(2)), join(text(7), text(2), text(3)))
+    prompt = join(text(1), text(2), text(3))
+    assert newer.found(prompt) == [(0, 0, 0, 60), (1, 60, 60, 30)]
+    older = Library(join(text(7), text(2), text(3)), join(text(1), text(2)))
+    assert older.found(prompt) == [(1, 0, 0, 60), (0, 60, 60, 30)]
+
+
+def test_left_context_is_carried_over_a_short_gap():
+    same_order = join(text(1), text(6, 5), text(2))
+    passage_only = join(text(7), text(2))
+    prompt = join(text(1), text(8, 3), text(2))
+    for donors in ([same_order, passage_only], [passage_only, same_order]):
+        donor = 0 if donors[0] is same_order else 1
+        assert Library(*donors).found(prompt) == [(donor, 0, 0, 30), (donor, 35, 33, 30)]
+
+
+@pytest.mark.parametrize(("in_donor", "in_prompt"), [(100, 100), (100, 3), (3, 100)])
+def test_left_context_is_not_carried_over_a_long_gap(in_donor, in_prompt):
+    far = join(text(1), text(6, in_donor), text(2))
+    near = join(text(7), text(1)[-3:], text(2))
+    prompt = join(text(1), text(8, in_prompt), text(1)[-3:], text(2))
+    for donors in ([far, near], [near, far]):
+        library = Library(*donors)
+        assert library.segments(prompt)[-1].donor_id == library.ids[0 if donors[0] is near else 1]
+
+
+def test_left_context_before_the_exact_prefix_ends_counts_too():
+    same_context = join(text(7, 9), text(1), text(2))
+    passage_only = join(text(8, 9), text(2))
+    prompt = join(text(1), text(2))
+    for donors in ([same_context, passage_only], [passage_only, same_context]):
+        donor = 0 if donors[0] is same_context else 1
+        assert Library(*donors).found(prompt, start=30) == [(donor, 39, 30, 30)]
+
+
+def test_runs_too_short_to_be_used_take_nothing_from_others():
+    short = join(text(7), text(1)[20:], text(2)[:5])  # shares 7 tokens that start earlier
+    useful = join(text(8), text(2))
+    prompt = join(text(9), text(1)[28:], text(2))
+    library = Library(short, useful)
+    hits = [(library.ids[0], 38, 30), *library.index.hits(HERE, prompt)]
+    found = find_segments(prompt, hits, library.tokens, start=0, end=len(prompt), min_run=MIN_RUN)
+    assert [(s.donor_id, s.donor_start, s.start, s.length) for s in found] == [(library.ids[1], 30, 32, 30)]
+
+
+def test_pieces_too_short_to_be_used_are_left_to_others():
+    one, two, three = text(1)[:20], text(1)[8:26], text(1)[18:]
+    prompt = join(text(9, 5), text(1), text(8, 5))
+    library = Library(join(text(5), one, text(5)), join(text(6), two, text(6)), join(text(7), three, text(7)))
+    # `two` has but 6 tokens beside `one`; `three` must not lose them.
+    assert library.found(prompt) == [(0, 30, 5, 20), (2, 32, 25, 10)]
+
+
+def test_ties_go_to_the_longer_run_then_to_the_newer_donor():
+    long, short = join(text(7), text(1)), join(text(8), text(1, 20), text(6))
+    assert Library(long, short).found(text(1)) == [(0, 30, 0, 30)]
+    assert Library(short, long).found(text(1)) == [(1, 30, 0, 30)]
+    assert Library(join(text(7), text(1)), join(text(8), text(1))).found(text(1)) == [(1, 30, 0, 30)]
+
+
+def test_answer_does_not_depend_on_the_order_of_the_hits():
+    library = Library(
+        join(text(1), text(2)), join(text(7), text(2), text(3)), join(text(8), text(3), text(1))
+    )
+    prompt = join(text(3), text(1), text(2), text(9, 5), text(1)[3:20])
+    hits = library.index.hits(HERE, prompt)
+    wanted = library.segments(prompt)
+    for seed in range(10):
+        shuffled = [hits[i] for i in np.random.default_rng(seed).permutation(len(hits))]
+        assert (
+            find_segments(prompt, shuffled, library.tokens, start=0, end=len(prompt), min_run=MIN_RUN)
+            == wanted
+        )
+
+
+def test_wrong_nominations_are_harmless():
+    library, prompt = Library(text(1)), join(text(1)[:15], text(2))
+    hits = library.index.hits(HERE, prompt)
+    wrong = [
+        (library.ids[0], 3, 20),
+        (library.ids[0], 29, 44),
+        (library.ids[0], 20, 0),
+        (library.ids[0], 0, 40),
+    ]
+    found = find_segments(prompt, hits + wrong, library.tokens, start=0, end=len(prompt), min_run=MIN_RUN)
+    assert found == library.segments(prompt) != ()
+
+
+def test_nominations_before_the_start_give_nothing():
+    library, prompt = Library(text(1)), join(text(1)[:15], text(2), text(1)[15:])
+    hits = library.index.hits(HERE, prompt)
+    found = find_segments(prompt, hits, library.tokens, start=20, end=len(prompt), min_run=MIN_RUN)
+    assert [(s.donor_start, s.start, s.length) for s in found] == [(15, 45, 15)]
+
+
+def test_permuting_sentences_keeps_the_hit_rate_up_to_the_seams():
+    sentences = [text(i, 12 + i) for i in range(1, 21)]
+    library = Library(join(*sentences))
+    total = sum(map(len, sentences))
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(20)
+        prompt = join(*(sentences[i] for i in order))
+        assert sum(s.length for s in library.segments(prompt)) == total
+
+
+def test_sentences_from_many_donors_are_found_whatever_their_order():
+    sentences = [text(i, 12 + i) for i in range(1, 21)]
+    library = Library(*(join(text(50 + i, 9), s) for i, s in enumerate(sentences)))
+    order = np.random.default_rng(3).permutation(20)
+    prompt = join(*(sentences[i] for i in order))
+    assert [s.donor_id for s in library.segments(prompt)] == [library.ids[i] for i in order]
+    assert sum(s.length for s in library.segments(prompt)) == len(prompt)
+
+
+def test_smaller_windows_find_no_less():
+    rng = np.random.default_rng(0)
+    donor = join(*(text(i) for i in range(1, 9)))
+    prompt = donor.copy()
+    prompt[rng.choice(len(prompt), 24, replace=False)] = 1
+    reused = [sum(s.length for s in Library(donor, window=w, min_run=8).segments(prompt)) for w in (2, 4, 8)]
+    reused += [
+        sum(s.length for s in Library(donor, window=w, min_run=w).segments(prompt)) for w in (12, 16, 24)
+    ]
+    assert reused == sorted(reused, reverse=True) and reused[0] > reused[-1]
+
+
+@pytest.mark.parametrize("modulus", [1, 2, 7, 61])
+def test_forced_hash_collisions_never_make_a_wrong_segment(monkeypatch, modulus):
+    donors = [join(text(1), text(2)), join(text(7), text(2), text(3)), text(4)]
+    prompt = join(text(9, 5), text(3), text(1), text(8, 9), text(4), text(2))
+    clean = Library(*donors).segments(prompt)
+    true_hashes = segment_index.window_hashes
+    monkeypatch.setattr(segment_index, "window_hashes", lambda t, w: true_hashes(t, w) % np.uint64(modulus))
+    library = Library(*donors)  # `segments` compares every id
+    covered = {p for s in clean for p in range(s.start, s.end)}
+    assert {p for s in library.segments(prompt) for p in range(s.start, s.end)} <= covered
+
+
+@pytest.mark.parametrize("modulus", [1, 5, 50])
+def test_collisions_that_lose_no_place_change_nothing(monkeypatch, modulus):
+    donors = [join(text(1), text(2)), join(text(7), text(2), text(3))]
+    prompt = join(text(9, 5), text(3), text(8, 9), text(1), text(2))
+    library = Library(*donors)
+    # Every window of the prompt nominates every place of the index whose hash agrees modulo a tiny number.
+    rows = [
+        (segment_index.window_hashes(library.tokens(i), WINDOW) % np.uint64(modulus), i) for i in library.ids
+    ]
+    asked = segment_index.window_hashes(prompt, WINDOW) % np.uint64(modulus)
+    collided = [
+        (i, int(at), position)
+        for position, value in enumerate(asked)
+        for hashes, i in rows
+        for at in np.flatnonzero(hashes == value)
+    ]
+    monkeypatch.setattr("radix_ext.matcher._MAX_DIAGONALS", 10**6)
+    found = find_segments(prompt, collided, library.tokens, start=0, end=len(prompt), min_run=MIN_RUN)
+    assert found == library.segments(prompt) != ()
+
+
+def test_many_diagonals_keep_the_fullest(monkeypatch):
+    monkeypatch.setattr("radix_ext.matcher._MAX_DIAGONALS", 2)
+    library = Library(*(join(text(20 + i, 9), text(1)[i : i + 9 + 3 * i]) for i in range(5)))
+    prompt = join(text(9, 5), text(1), text(8, 5))
+    assert {s.donor_id for s in library.segments(prompt)} <= set(library.ids[3:])
+
+
+def test_inputs_stay_as_they_were():
+    library, prompt = Library(text(1)), join(text(1)[:15], text(2))
+    before, hits = prompt.copy(), library.index.hits(HERE, prompt)
+    kept = list(hits)
+    find_segments(prompt, hits, library.tokens, start=0, end=len(prompt), min_run=MIN_RUN)
+    assert (prompt == before).all() and hits == kept

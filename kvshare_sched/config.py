@@ -33,12 +33,8 @@ class KVShareConfig:
     mode: str = _setting("on", "", "discover looks up and reports without using", choices=MODES)
     strategy: str = _setting("kvshare", "", "which reused tokens are recomputed")
     ratio: float = _setting(0.10, "share of reused tokens", "recompute budget", low=0.0, high=1.0)
-    check_layer: int = _setting(
-        1, "layer, 0-based", "all rows run up to this layer; layer 0 shows no deviation", low=1
-    )
-    alpha: str = _setting(
-        "one_query", "", "attention weights of the kvshare score", choices=ALPHA_MODES
-    )
+    check_layer: int = _setting(1, "layer, 0-based", "all rows run up to this layer; layer 0 shows no deviation", low=1)
+    alpha: str = _setting("one_query", "", "attention weights of the kvshare score", choices=ALPHA_MODES)
     window: int = _setting(16, "tokens", "length of the hashed windows", low=2, high=256)
     min_run: int = _setting(32, "tokens", "shorter matches are left alone", low=2)
     forced_head: int = _setting(
@@ -47,9 +43,7 @@ class KVShareConfig:
     min_suffix: int = _setting(
         64, "tokens", "requests with fewer tokens outside the exact prefix skip the lookup", low=1
     )
-    index_tokens: int = _setting(
-        2_000_000, "tokens", "donor tokens indexed at most, about 25 bytes each", low=1024
-    )
+    index_tokens: int = _setting(2_000_000, "tokens", "donor tokens indexed at most, about 46 bytes each", low=1024)
 
     def __post_init__(self):
         from kvshare_sched.strategies import names
@@ -106,7 +100,8 @@ def _nearest(value, choices) -> str:
 def _known(name: str, types: Mapping[str, type], where: str) -> None:
     if name not in types:
         raise ConfigError(
-            f"{where} is not a setting{_nearest(name, types)}; accepted: {', '.join(sorted(types))}. Remove it or correct it."
+            f"{where} is not a setting{_nearest(name, types)}; accepted: {', '.join(sorted(types))}. "
+            "Remove it or correct it."
         )
 
 
@@ -114,9 +109,7 @@ def _convert(text: str, kind: type, where: str):
     try:
         return kind(text)
     except ValueError:
-        raise ConfigError(
-            f"{where}={text!r} is not a valid {kind.__name__}; give a number like the default."
-        ) from None
+        raise ConfigError(f"{where}={text!r} is not a valid {kind.__name__}; give a number like the default.") from None
 
 
 def _read_file(path: str, types: Mapping[str, type]) -> dict:
@@ -124,9 +117,7 @@ def _read_file(path: str, types: Mapping[str, type]) -> dict:
         with open(path, "rb") as file:
             data = tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError) as problem:
-        raise ConfigError(
-            f"KVSHARE_CONFIG={path!r} cannot be read: {problem}. Name a readable TOML file."
-        ) from None
+        raise ConfigError(f"KVSHARE_CONFIG={path!r} cannot be read: {problem}. Name a readable TOML file.") from None
     for name, value in data.items():
         _known(name, types, f"{path}: {name}")
         if types[name] is float and type(value) is int:

@@ -122,13 +122,17 @@ def run(*, cases: int, out: str) -> int:
         client = Client(url)
         sections = library(client)
         client.generate(prompt_of("Warm up.", sections[-2:], "?"), new_tokens=2, namespace="warm-up")
-        print(f"{_ROW.format('case', 'tokens', 'off s', 'on s', 'ratio', 'limit', 'origin of every prompt token', 'KL')}")
+        print(
+            f"{_ROW.format('case', 'tokens', 'off s', 'on s', 'ratio', 'limit', 'origin of every prompt token', 'KL')}"
+        )
         measured = []
         for number in range(cases):
             case = measure(client, number, sections)
             measured.append(case)
             r = case.on.report
-            origin = f"exact {r['exact']:3} reused {r['reused']:4} (recomputed {r['recomputed']:3}) fresh {r['fresh']:2}"
+            origin = (
+                f"exact {r['exact']:3} reused {r['reused']:4} (recomputed {r['recomputed']:3}) fresh {r['fresh']:2}"
+            )
             print(
                 _ROW.format(
                     number + 1,
@@ -191,28 +195,31 @@ def summarise(measured: list[Case]) -> dict:
         "fresh_tokens": total("fresh"),
         "kl_mean": round(statistics.fmean(c.kl for c in measured), 6),
         "kl_max": round(max(c.kl for c in measured), 6),
-        "kl_noise_floor": round(statistics.fmean(c.noise for c in measured), 9),
-        "first_token_agreement": statistics.fmean(
-            c.on.token_ids[0] == c.off.token_ids[0] for c in measured
-        ),
+        "kl_noise_floor": round(statistics.fmean(abs(c.noise) for c in measured), 12),
+        "first_token_agreement": statistics.fmean(c.on.token_ids[0] == c.off.token_ids[0] for c in measured),
         "greedy_token_agreement": round(
-            statistics.fmean(
-                a == b for c in measured for a, b in zip(c.off.token_ids, c.on.token_ids, strict=False)
-            ),
+            statistics.fmean(a == b for c in measured for a, b in zip(c.off.token_ids, c.on.token_ids, strict=False)),
             4,
         ),
     }
 
 
 def _closing(result: dict, folder: Path) -> str:
-    return f"""
-                               reuse off   reuse on
-  time to first token, median  {result["ttft_off_s_median"]:7.2f} s  {result["ttft_on_s_median"]:7.2f} s
-  ratio {result["ttft_ratio_median"]:.2f} (from {result["ttft_ratio_range"][0]:.2f} to {result["ttft_ratio_range"][1]:.2f}), limit {result["limit_median"]:.2f}, {result["share_of_limit_median"]:.0%} of it reached
-  prompt tokens                exact {result["exact_tokens"]}, reused {result["reused_tokens"]} (recomputed {result["recomputed_tokens"]}), fresh {result["fresh_tokens"]}
-  answers                      KL to full prefill {result["kl_mean"]:.4f} nats (noise floor {result["kl_noise_floor"]:.1e}), first token agrees in {result["first_token_agreement"]:.0%}
-
-  written: {folder / "demo.json"}, {folder / "demo.png"}"""
+    low, high = result["ttft_ratio_range"]
+    lines = (
+        "",
+        "                               reuse off   reuse on",
+        "  time to first token, median  {ttft_off_s_median:7.2f} s  {ttft_on_s_median:7.2f} s",
+        "  ratio                        {ttft_ratio_median:.2f} (from {low:.2f} to {high:.2f}); "
+        "limit {limit_median:.2f}, {share_of_limit_median:.0%} of it reached",
+        "  prompt tokens                exact {exact_tokens}, reused {reused_tokens} "
+        "(recomputed {recomputed_tokens}), fresh {fresh_tokens}",
+        "  answers                      KL to full prefill {kl_mean:.4f} nats "
+        "(noise floor {kl_noise_floor:.1e}), first token agrees in {first_token_agreement:.0%}",
+        "",
+        f"  written: {folder / 'demo.json'}, {folder / 'demo.png'}",
+    )
+    return "\n".join(lines).format(**result, low=low, high=high)
 
 
 def _picture(measured: list[Case], result: dict, path: Path) -> None:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from kvshare_kernels import attention_column_mass, copy_rotate, token_deviation, top_k
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
-from kvshare_kernels import attention_column_mass, copy_rotate, token_deviation, top_k
 from kvshare_sched.pipeline import Pipeline, Session
 from kvshare_sched.strategies.base import Evidence
 
@@ -102,9 +102,7 @@ class Executor:
         if not batch.forward_mode.is_extend() or not batch.rids or not self.pipeline.sessions:
             return None
         chunks, row = [], 0
-        for rid, start, length in zip(
-            batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True
-        ):
+        for rid, start, length in zip(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True):
             session = self.pipeline.sessions.get(rid)
             start, end = int(start), int(start) + int(length)
             if session is not None and session.plan is not None and session.done_upto < session.prompt_len:
@@ -318,9 +316,7 @@ class Executor:
         before = self.model_runner.req_to_token_pool.req_to_token[request, : chunk.start].long()
         prefix = self.pool.get_key_buffer(layer)[before].to(k.dtype)
         mine = slice(*local)
-        mass = attention_column_mass(
-            q[mine], torch.cat((prefix, k[mine])), view.positions[mine].long(), module.scaling
-        )
+        mass = attention_column_mass(q[mine], torch.cat((prefix, k[mine])), view.positions[mine].long(), module.scaling)
         return mass[chunk.start + index - local[0]] * share
 
     @staticmethod

@@ -9,7 +9,8 @@ from __future__ import annotations
 from kvshare_sched.types import Outcome, Reason, ShareReport
 
 ORIGINS = ("exact", "reused", "fresh")
-PHASES = ("match", "copy", "recompute")
+REPORTED_PHASES = ("match", "copy", "recompute")
+PHASES = (*REPORTED_PHASES, "index")
 # Every pair that can occur. (reused, error): a later chunk of a long prompt failed and ran as ordinary prefill.
 LABELS = (
     (Outcome.REUSED, Reason.NONE),
@@ -39,12 +40,8 @@ class ShareMetrics:
         self._requests = prom.Counter(
             "kvshare_requests", "Requests by outcome and reason.", ["outcome", "reason"], **where
         )
-        self._cells = prom.Counter(
-            "kvshare_prefill_cells", "(Layer x token) cells computed in prefill.", **where
-        )
-        self._seconds = prom.Counter(
-            "kvshare_phase_seconds", "Seconds spent on reuse, by phase.", ["phase"], **where
-        )
+        self._cells = prom.Counter("kvshare_prefill_cells", "(Layer x token) cells computed in prefill.", **where)
+        self._seconds = prom.Counter("kvshare_phase_seconds", "Seconds spent on reuse, by phase.", ["phase"], **where)
         self._index_tokens = prom.Gauge("kvshare_index_tokens", "Donor tokens indexed.", **live)
         self._index_entries = prom.Gauge("kvshare_index_entries", "Places in the index.", **live)
         self._donors = prom.Gauge("kvshare_donors", "Donors indexed.", **live)
@@ -69,8 +66,12 @@ class ShareMetrics:
         self._recomputed.inc(report.recomputed)
         self._discovered.inc(report.discovered)
         self._cells.inc(report.computed_cells)
-        for phase in PHASES:
+        for phase in REPORTED_PHASES:
             self._seconds.labels(phase).inc(getattr(report, f"{phase}_s"))
+
+    def indexed(self, seconds: float) -> None:
+        """Count the time one donor took to enter the index."""
+        self._seconds.labels("index").inc(seconds)
 
     def observe(self, index, tree) -> None:
         """Set the gauges from the live index and the leases held."""

@@ -54,18 +54,14 @@ class Session:
 class Pipeline:
     """Matching, leasing and accounting for one engine."""
 
-    def __init__(
-        self, config: KVShareConfig, tree: DonorTree, costs: CostModel, metrics=None, page_size: int = 1
-    ):
+    def __init__(self, config: KVShareConfig, tree: DonorTree, costs: CostModel, metrics=None, page_size: int = 1):
         self.config = config
         self.tree = tree
         self.costs = costs
         self.metrics = metrics
         self.page_size = page_size
         self.strategy = get_strategy(config.strategy)
-        self.index = SegmentIndex(
-            window=config.window, min_run=config.min_run, capacity=config.index_tokens
-        )
+        self.index = SegmentIndex(window=config.window, min_run=config.min_run, capacity=config.index_tokens)
         self.sessions: dict[str, Session] = {}
         self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
         self._memo: OrderedDict[str, tuple] = OrderedDict()
@@ -279,6 +275,7 @@ class Pipeline:
         """
         if self.config.mode == "off" or len(tokens) < self.config.min_run:
             return
+        started = time.perf_counter()
         try:
             donor_id = self.index.add(namespace, tokens, self._donor_of.get(rid))
         except Exception:
@@ -286,6 +283,8 @@ class Pipeline:
             return
         if donor_id is not None:
             self._donor_of[rid] = donor_id
+        if self.metrics is not None:
+            self.metrics.indexed(time.perf_counter() - started)
         self._gauges()
 
     def flush(self) -> None:

@@ -124,9 +124,7 @@ SEAMS = (
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
         ("meta_info", "state", "customized_info", "index", "finish_reason"),
     ),
-    Seam(
-        f"{_OPENAI}.serving_chat.OpenAIServingChat._build_chat_response", ("request", "ret", "created")
-    ),
+    Seam(f"{_OPENAI}.serving_chat.OpenAIServingChat._build_chat_response", ("request", "ret", "created")),
     Seam(f"{_OPENAI}.serving_chat.OpenAIServingChat._generate_chat_stream"),
     Seam(
         f"{_OPENAI}.serving_completions.OpenAIServingCompletion._build_completion_response",

@@ -48,9 +48,7 @@ def command(arguments: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(
-    arguments: Sequence[str], *, env: Mapping[str, str] | None = None, log: Path
-) -> Iterator[str]:
+def running(arguments: Sequence[str], *, env: Mapping[str, str] | None = None, log: Path) -> Iterator[str]:
     """A server on a free port while the block runs; yields its URL. Its output goes to `log`.
 
     Raises SetupError, with the end of the log, when it does not come up.

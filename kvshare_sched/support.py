@@ -154,7 +154,9 @@ def rotary_table(model) -> tuple[torch.Tensor, bool]:
     scaled variants that change length or switch factors by position fail here. Raises UnsupportedError.
     """
     tables = {
-        m.cos_sin_cache.data_ptr(): m for m in model.modules() if isinstance(getattr(m, "cos_sin_cache", None), torch.Tensor)
+        m.cos_sin_cache.data_ptr(): m
+        for m in model.modules()
+        if isinstance(getattr(m, "cos_sin_cache", None), torch.Tensor)
     }
     if len(tables) != 1:
         raise UnsupportedError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 
 import numpy as np
 
@@ -61,9 +61,7 @@ class Segment:
         low, high = max(start, self.start), min(end, self.end)
         if low >= high:
             return None
-        return replace(
-            self, donor_start=self.donor_start + low - self.start, start=low, length=high - low
-        )
+        return replace(self, donor_start=self.donor_start + low - self.start, start=low, length=high - low)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +126,7 @@ class ReusePlan:
     def forced_positions(self, start: int, end: int) -> np.ndarray:
         """Reused positions inside [start, end) that are recomputed whatever the score says, int64 [n]."""
         heads = [
-            np.arange(max(start, s.start), min(end, s.start + min(self.forced_head, s.length)))
-            for s in self.segments
+            np.arange(max(start, s.start), min(end, s.start + min(self.forced_head, s.length))) for s in self.segments
         ]
         return np.concatenate(heads).astype(np.int64) if heads else np.empty(0, np.int64)
 
@@ -141,7 +138,7 @@ class ReusePlan:
         return mask
 
 
-class Outcome(str, Enum):
+class Outcome(StrEnum):
     """What became of a request's chance to reuse; fixed values, they are metric labels."""
 
     REUSED = "reused"  # approximate KV stood in for part of the prompt
@@ -149,7 +146,7 @@ class Outcome(str, Enum):
     ORDINARY = "ordinary"  # ran as stock SGLang runs it; `reason` says why
 
 
-class Reason(str, Enum):
+class Reason(StrEnum):
     """Why a request ran as ordinary prefill; fixed values, they are metric labels."""
 
     NONE = "none"  # outcome reused or discovered

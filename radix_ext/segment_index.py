@@ -4,8 +4,8 @@ A donor is a token sequence whose exact KV lies on one path of the radix tree. T
 of window hashes (`hashing.winnow`) per namespace, each with the few places where that window occurs. It
 holds token ids and places only, never slots: slots are read from the live tree when a donor is leased.
 
-Memory: 4 bytes of token id plus 2 / (span + 1) fingerprints of about 180 bytes a token, 24 bytes at the
-default window 16 and runs of 32.
+Memory: 46 bytes an indexed token at the default window 16 and runs of 32 (measured with tracemalloc on random
+ids: 4 bytes of token id and 0.11 fingerprints).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class SegmentIndex:
         if table is not None:
             for row, position in donor.places:
                 self.entries -= table.remove(row, donor.id << 32 | position)
-            # The places of a donor that newer ones displaced still name rows: the table stays until it leaves.
+            # A donor whose places were all displaced still names rows: the table stays until it leaves.
             if not table.row_of and all(d.namespace != donor.namespace for d in self.donors.values()):
                 del self._tables[donor.namespace]
         self.tokens -= len(donor.tokens)
@@ -230,7 +230,8 @@ class SegmentIndex:
         assert self.entries == sum(len(p) for t in self._tables.values() for p in t.places)
         for donor in self.donors.values():
             positions = [position for _, position in donor.places]
-            assert positions == sorted(set(positions)) and all(p + self.window <= len(donor.tokens) for p in positions)
+            assert positions == sorted(set(positions))
+            assert not positions or positions[-1] + self.window <= len(donor.tokens)
         assert self._tables.keys() == {d.namespace for d in self.donors.values()}
         for namespace, table in self._tables.items():
             assert len(table.row_of) + len(table.free) == len(table.places)

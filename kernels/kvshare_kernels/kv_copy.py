@@ -15,14 +15,10 @@ def rotation_rows(cos_sin: torch.Tensor, shift: int) -> tuple[torch.Tensor, torc
     return cos, (sin if shift >= 0 else -sin)
 
 
-def rotate_run(
-    k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool
-) -> torch.Tensor:
+def rotate_run(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool) -> torch.Tensor:
     """Rotate keys [n, G, D] of one run by the same shift; computes in float32, returns k's dtype."""
     half = cos.shape[0]
-    a, b = (
-        (slice(0, half), slice(half, 2 * half)) if neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-    )
+    a, b = (slice(0, half), slice(half, 2 * half)) if neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
     out = k.clone() if k.dtype == torch.float32 else k.float()  # half precision would lose the angle
     first, second = out[..., a], out[..., b]
     turned = first * sin

@@ -33,9 +33,7 @@ def attend_rows(
     dense = last - first + 1 == rows
     if dense and first == 0:
         key, value = key[:, :, :rows], value[:, :, :rows]
-        result = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=gqa
-        )
+        result = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
         out.copy_(result[0].transpose(0, 1))
         return
     key_positions = torch.arange(last + 1, device=k.device)

@@ -9,11 +9,11 @@ same batch correctly too, sequence by sequence.
 from typing import NamedTuple
 
 import torch
+from kvshare_kernels import attend_last, attend_rows
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from kvshare_kernels import attend_last, attend_rows
 from kvshare_sched.errors import UnsupportedError
 
 
@@ -89,9 +89,7 @@ class PortableCpuAttention(AttentionBackend):
         padded = int(lengths.sum()) < lengths.numel() * longest
         if lengths.numel() * longest <= 2 * int(lengths.sum()):
             return _Decode(slots, exists[:, None, None] if padded else None)
-        self.rows = [
-            _Rows(i, i + 1, slots[i, :n], lengths[i : i + 1] - 1) for i, n in enumerate(lengths.tolist())
-        ]
+        self.rows = [_Rows(i, i + 1, slots[i, :n], lengths[i : i + 1] - 1) for i, n in enumerate(lengths.tolist())]
         return None
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):

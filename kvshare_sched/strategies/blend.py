@@ -27,9 +27,7 @@ def gradual_filtering(config: KVShareConfig, layers: int) -> tuple[Check, ...]:
     above = layers - config.check_layer - count
     weights = [1 + _SPREAD * s for s in steps]
     mean = (sum(weights) + weights[-1] * above) / (count + above)
-    return tuple(
-        Check(config.check_layer + i, min(1.0, config.ratio * w / mean)) for i, w in enumerate(weights)
-    )
+    return tuple(Check(config.check_layer + i, min(1.0, config.ratio * w / mean)) for i, w in enumerate(weights))
 
 
 def _kv_deviation(evidence: Evidence) -> torch.Tensor:
@@ -40,9 +38,7 @@ def _attention_weighted(evidence: Evidence) -> torch.Tensor:
     return evidence.alpha * evidence.v_absolute
 
 
-CACHEBLEND = Strategy(
-    "cacheblend", "arXiv 2405.16444, 4.3", checks=gradual_filtering, score=_kv_deviation
-)
+CACHEBLEND = Strategy("cacheblend", "arXiv 2405.16444, 4.3", checks=gradual_filtering, score=_kv_deviation)
 KVSHARE = Strategy(
     "kvshare", "arXiv 2503.16525, prefill DHD", checks=one_check, score=_attention_weighted, needs_alpha=True
 )

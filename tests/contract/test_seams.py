@@ -88,7 +88,10 @@ def test_another_sglang_version_is_refused_by_name(monkeypatch):
 
 
 def test_entry_points_are_installed():
-    groups = {g: {e.name for e in importlib.metadata.entry_points(group=g)} for g in ("sglang.srt.plugins", "sglang.srt.platforms")}
+    groups = {
+        g: {e.name for e in importlib.metadata.entry_points(group=g)}
+        for g in ("sglang.srt.plugins", "sglang.srt.platforms")
+    }
     assert {"kvshare", "kvshare_cpu"} <= groups["sglang.srt.plugins"]
     assert "kvshare_cpu" in groups["sglang.srt.platforms"]
 
@@ -115,5 +118,7 @@ def test_few_modules_touch_sglang():
 
 
 def test_importing_the_packages_is_instant():
-    code = "import sys, kvshare_sched, kvshare_sched.config; sys.exit('torch' in sys.modules or 'sglang' in sys.modules)"
+    code = (
+        "import sys, kvshare_sched, kvshare_sched.config; sys.exit('torch' in sys.modules or 'sglang' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

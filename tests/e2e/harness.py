@@ -13,6 +13,7 @@ import requests
 
 from kvshare_sched import model, server
 from kvshare_sched.client import Client
+from kvshare_sched.demo import prompt_of
 
 LOGS = Path(__file__).resolve().parents[2] / "out" / "e2e"
 SYSTEMS = (
@@ -34,8 +35,7 @@ def sections(count: int = 24, words: int = 130) -> tuple[str, ...]:
 
 def chat(system: str, parts, question: str = "What do these sections say?") -> str:
     """A prompt in the embedded model's template."""
-    body = "\n\n".join(parts)
-    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{body}\n\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    return prompt_of(system, parts, question)
 
 
 class Server(Client):
@@ -80,7 +80,10 @@ class Server(Client):
         time.sleep(0.3)  # SGLang checks its memory when idle and stops the server on a leak
         assert requests.get(f"{self.url}/health", timeout=60).status_code == 200
         text = self.log.read_text(errors="replace")
-        complaints = re.findall(r".*(?:memory leak|Traceback|kvshare: (?:planning failed|reuse failed|no report|request|could not)).*", text)
+        complaints = re.findall(
+            r".*(?:memory leak|Traceback|kvshare: (?:planning failed|reuse failed|no report|request|could not)).*",
+            text,
+        )
         assert not complaints, complaints[:3]
 
 

@@ -133,13 +133,20 @@ def test_streams_and_parallel_samples_carry_one_report_an_answer(server, tenant)
         report, meta = chunk["meta_info"]["kvshare"], chunk["meta_info"]
         assert report["exact"] + report["reused"] + report["fresh"] == meta["prompt_tokens"]
         assert report["outcome"] == "reused"
-    body = {"text": ["Hello", moved("Batch?")], "extra_key": tenant, "sampling_params": {"max_new_tokens": 2, "n": 2}}
+    body = {
+        "text": ["Hello", moved("Batch?")],
+        "extra_key": tenant,
+        "sampling_params": {"max_new_tokens": 2, "n": 2},
+    }
     answers = server.post("/generate", body).json()
     assert [a["meta_info"]["kvshare"]["outcome"] for a in answers] == ["ordinary"] * 2 + ["reused"] * 2
 
 
 def test_openai_endpoints_tell_too(server):
-    messages = [{"role": "system", "content": SYSTEMS[0]}, {"role": "user", "content": "\n\n".join(DOCS[8:12])}]
+    messages = [
+        {"role": "system", "content": SYSTEMS[0]},
+        {"role": "user", "content": "\n\n".join(DOCS[8:12])},
+    ]
     chat_body = {"model": "m", "messages": messages, "max_tokens": 2, "temperature": 0}
     server.post("/v1/chat/completions", chat_body)
     messages[1]["content"] = "\n\n".join(DOCS[11:7:-1])
@@ -244,7 +251,9 @@ def test_one_token_and_the_context_limit(server):
     again = server.generate([7, *long[: limit - 1]], new_tokens=2, namespace=namespace)
     assert again.prompt_tokens == limit and settled(again)["reused"] > 0.9 * limit
     too_long = requests.post(
-        f"{server.url}/generate", json={"input_ids": long * 2, "sampling_params": {"max_new_tokens": 1}}, timeout=60
+        f"{server.url}/generate",
+        json={"input_ids": long * 2, "sampling_params": {"max_new_tokens": 1}},
+        timeout=60,
     )
     assert too_long.status_code == 400
 

@@ -21,7 +21,9 @@ def answers(environment) -> list[str]:
         for prompt in prompts:
             body = server._body(prompt, 12, "n", True, return_logprob=True, logprob_start_len=0)
             answer = server.post("/generate", body).json()
-            found.append(json.dumps([answer["text"], answer["output_ids"], answer["meta_info"]["input_token_logprobs"]]))
+            found.append(
+                json.dumps([answer["text"], answer["output_ids"], answer["meta_info"]["input_token_logprobs"]])
+            )
             assert "kvshare" not in answer["meta_info"]
         assert not any(name.startswith("kvshare_") for name in server.metrics())
     return found

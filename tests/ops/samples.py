@@ -18,9 +18,7 @@ def tensor(*shape, seed=0, dtype=torch.float32, device="cpu") -> torch.Tensor:
 def scattered(rows: int, longest: int, seed=0, device="cpu") -> torch.Tensor:
     """`rows` ascending positions below `longest` with gaps between them, from 1 to the last one."""
     inner = np.random.default_rng(seed).choice(np.arange(2, longest - 1), max(0, rows - 2), replace=False)
-    return torch.from_numpy(np.sort(np.concatenate(([1, longest - 1][-rows:], inner))).astype(np.int64)).to(
-        device
-    )
+    return torch.from_numpy(np.sort(np.concatenate(([1, longest - 1][-rows:], inner))).astype(np.int64)).to(device)
 
 
 def same(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:

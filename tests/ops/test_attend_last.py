@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from samples import DIMS, DTYPES, HEADS, same, tensor
-
 from kvshare_kernels import attend_last, reference
+from samples import DIMS, DTYPES, HEADS, same, tensor
 
 
 def inputs(lengths, heads, dim, dtype, device):
@@ -26,9 +25,7 @@ def wanted(q, k, v, lengths, scale):
 
 
 def mask_of(lengths, device):
-    return (torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None])[
-        :, None, None
-    ]
+    return (torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None])[:, None, None]
 
 
 @pytest.mark.parametrize("lengths", [[1], [19], [65, 65, 65], [257, 257]], ids=str)

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import DIMS, DTYPES, HEADS, SIZES, same, scattered, tensor
-
 from kvshare_kernels import attend_rows, reference
+from samples import DIMS, DTYPES, HEADS, SIZES, same, scattered, tensor
 
 
 def inputs(rows, keys, heads, dim, dtype, device):
@@ -55,9 +54,7 @@ def test_dense_rows_after_a_prefix(rows, heads, dim, dtype, device):
 
 @all_shapes
 def test_scattered_rows(rows, heads, dim, dtype, device):
-    check(
-        *inputs(rows, 3 * rows + 5, heads, dim, dtype, device), scattered(rows, 3 * rows + 5, device=device)
-    )
+    check(*inputs(rows, 3 * rows + 5, heads, dim, dtype, device), scattered(rows, 3 * rows + 5, device=device))
 
 
 @pytest.mark.parametrize("spare", [0, 1, 64])
@@ -111,9 +108,7 @@ def test_packed_batch_out_of_one_pool(dtype, device):
         stop = start + len(positions)
         where = positions.to(device)
         attend_rows(q[start:stop], pool_k[slots], pool_v[slots], where, scale, out[start:stop])
-        wanted = reference.position_masked_attention(
-            q[start:stop], pool_k[slots], pool_v[slots], where, scale
-        )
+        wanted = reference.position_masked_attention(q[start:stop], pool_k[slots], pool_v[slots], where, scale)
         assert same(out[start:stop], wanted, dtype)
         start, used = stop, used + length
     assert (storage[0] == -7).all() and (storage[-1] == -7).all()

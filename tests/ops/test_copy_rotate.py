@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from samples import DTYPES, SIZES, tensor
-
 from kvshare_kernels import copy_rotate, reference
+from samples import DTYPES, SIZES, tensor
 
 SLOTS, LAYERS, LONGEST = 900, 3, 512
 # Both sides compute in float32 and round once: neighbours in bfloat16 differ by 2**-7 at most.
@@ -21,10 +20,7 @@ def cos_sin(rotary_dim: int, device) -> torch.Tensor:
 def pool(groups, dim, dtype, device):
     """(keys, values) of every layer."""
     return [
-        [
-            tensor(SLOTS, groups, dim, seed=10 * kind + layer, dtype=dtype, device=device)
-            for layer in range(LAYERS)
-        ]
+        [tensor(SLOTS, groups, dim, seed=10 * kind + layer, dtype=dtype, device=device) for layer in range(LAYERS)]
         for kind in (1, 2)
     ]
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from samples import DIMS, DTYPES, HEADS, SIZES, scattered, tensor
-
 from kvshare_kernels import attention_column_mass, reference, token_deviation, top_k
+from samples import DIMS, DTYPES, HEADS, SIZES, scattered, tensor
 
 # ---- token_deviation ----
 
@@ -16,9 +15,7 @@ from kvshare_kernels import attention_column_mass, reference, token_deviation, t
 def test_deviation_equals_its_twin(n, groups, dim, dtype, device):
     fresh, cached = (tensor(n, groups, dim, seed=s, dtype=dtype, device=device) for s in (1, 2))
     limit = 1e-5 if dtype is torch.float32 else 2**-8  # one rounding of each difference to 8 bits
-    for mine, wanted in zip(
-        token_deviation(fresh, cached), reference.token_deviation(fresh, cached), strict=True
-    ):
+    for mine, wanted in zip(token_deviation(fresh, cached), reference.token_deviation(fresh, cached), strict=True):
         assert mine.shape == (n,) and mine.dtype == torch.float32
         assert torch.allclose(mine, wanted, rtol=limit)
 
@@ -71,9 +68,7 @@ def test_mass_does_not_depend_on_the_block(block, device):
     q, k = queries_and_keys(130, 300, (9, 3), 32, torch.float32, device)
     positions = scattered(130, 300, device=device)
     wanted = reference.attention_column_mass(q, k, positions, 0.2)
-    assert torch.allclose(
-        attention_column_mass(q, k, positions, 0.2, block=block), wanted, rtol=1e-4, atol=1e-5
-    )
+    assert torch.allclose(attention_column_mass(q, k, positions, 0.2, block=block), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_mass_of_strided_queries(device):
@@ -118,14 +113,10 @@ def attention(request):
 def test_column_sums_are_the_operators_mass(attention):
     q, k, _, positions, scale = attention
     alpha = attention_weights(q, k, positions, scale).sum(dim=1)  # [H, m]
-    assert torch.allclose(
-        attention_column_mass(q, k, positions, scale).double(), alpha.mean(dim=0), atol=1e-5
-    )
+    assert torch.allclose(attention_column_mass(q, k, positions, scale).double(), alpha.mean(dim=0), atol=1e-5)
     for head in range(q.shape[1]):
         group = head * k.shape[1] // q.shape[1]
-        alone = reference.attention_column_mass(
-            q[:, head : head + 1], k[:, group : group + 1], positions, scale
-        )
+        alone = reference.attention_column_mass(q[:, head : head + 1], k[:, group : group + 1], positions, scale)
         assert torch.allclose(alone.double(), alpha[head], atol=1e-5)
 
 

@@ -167,12 +167,9 @@ class IndexMachine(RuleBasedStateMachine):
             for at, position, length in shared_runs(prompt, held, start):
                 windows = range(length - WINDOW + 1)
                 if length >= MIN_RUN and all(
-                    self.ever[namespace, tuple(held[at + i : at + i + WINDOW])] == {(donor, at + i)}
-                    for i in windows
+                    self.ever[namespace, tuple(held[at + i : at + i + WINDOW])] == {(donor, at + i)} for i in windows
                 ):
-                    missed = np.flatnonzero(
-                        np.diff(covered[position : position + length], prepend=True, append=True)
-                    )
+                    missed = np.flatnonzero(np.diff(covered[position : position + length], prepend=True, append=True))
                     assert all(b - a < MIN_RUN for a, b in zip(missed[::2], missed[1::2], strict=True))
 
     @invariant()

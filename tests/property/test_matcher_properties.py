@@ -9,8 +9,7 @@ from radix_ext.matcher import find_segments
 
 # Few different ids and repeated passages: many overlapping runs.
 tokens = st.lists(
-    st.integers(0, 3).map(lambda i: [i])
-    | st.sampled_from([[7, 8, 9, 10, 11], [12, 13] * 3, list(range(20, 40))]),
+    st.integers(0, 3).map(lambda i: [i]) | st.sampled_from([[7, 8, 9, 10, 11], [12, 13] * 3, list(range(20, 40))]),
     max_size=12,
 ).map(lambda parts: np.array(sum(parts, []), np.int64))
 donor_lists = st.lists(tokens, min_size=1, max_size=4)
@@ -58,8 +57,7 @@ def test_order_of_nominations_does_not_matter(prompt, donors, start_end, min_run
     hits = all_hits(prompt, donors, start)
     shuffled = random.sample(hits, len(hits))
     first, second = (
-        find_segments(prompt, h, donors.__getitem__, start=start, end=end, min_run=min_run)
-        for h in (hits, shuffled)
+        find_segments(prompt, h, donors.__getitem__, start=start, end=end, min_run=min_run) for h in (hits, shuffled)
     )
     assert first == second
 
@@ -99,9 +97,7 @@ def test_longest_left_context_wins_between_two_donors(head, passage, other_head,
     head, passage, tail = head + 1000, passage + 2000, tail + 3000
     prompt = np.concatenate((head, passage, tail))
     donors = [np.concatenate((head, passage)), np.concatenate((other_head, passage, tail))]
-    found = find_segments(
-        prompt, all_hits(prompt, donors, 0), donors.__getitem__, start=0, end=len(prompt), min_run=2
-    )
+    found = find_segments(prompt, all_hits(prompt, donors, 0), donors.__getitem__, start=0, end=len(prompt), min_run=2)
     owner = {p: s.donor_id for s in found for p in range(s.start, s.end)}
     if len(head) and len(passage) >= 2:
         assert {owner[p] for p in range(len(head) + len(passage))} == {0}

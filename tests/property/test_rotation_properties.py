@@ -9,15 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from kvshare_kernels import reference
 from kvshare_kernels.kv_copy import rotate_run, rotation_rows
 
 LONGEST = 2048
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2**-6}
-shapes = st.tuples(
-    st.integers(1, 9), st.integers(1, 3), st.sampled_from([(8, 8), (64, 64), (32, 16), (12, 4)])
-)
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 3), st.sampled_from([(8, 8), (64, 64), (32, 16), (12, 4)]))
 shifts = st.integers(1 - LONGEST // 2, LONGEST // 2 - 1)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 seeds = st.integers(0, 2**32)
@@ -44,11 +41,7 @@ def raw_keys(shape, seed) -> tuple[torch.Tensor, int]:
 def rotated_at(raw, positions, rotary_dim, neox) -> torch.Tensor:
     """Rotary embedding by its definition on complex numbers, float64; positions int64 [n]."""
     half = rotary_dim // 2
-    pair = (
-        (slice(0, half), slice(half, rotary_dim))
-        if neox
-        else (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2))
-    )
+    pair = (slice(0, half), slice(half, rotary_dim)) if neox else (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2))
     turn = torch.polar(torch.ones(()).double(), angles(rotary_dim)[positions])[:, None]
     turned = torch.complex(raw[..., pair[0]], raw[..., pair[1]]) * turn
     out = raw.clone()
@@ -141,9 +134,7 @@ def test_shifting_all_positions_leaves_attention_unchanged(neox, seed, shift, n)
     positions = torch.arange(n)
 
     def attend(queries, keys):
-        return reference.position_masked_attention(
-            queries.float(), keys.float(), v.float(), positions, dim**-0.5
-        )
+        return reference.position_masked_attention(queries.float(), keys.float(), v.float(), positions, dim**-0.5)
 
     queries, keys = (rotated_at(x, positions, dim, neox) for x in (q, k))
     moved = by_run(keys.float(), shift, dim, neox)

@@ -11,9 +11,7 @@ from kvshare_sched.strategies import names
 FIELDS = {f.name: f for f in fields(KVShareConfig)}
 NUMBERS = [f for f in FIELDS.values() if isinstance(f.default, int | float)]
 CHOICES = {"mode": ("off", "discover", "on"), "alpha": ("colsum", "one_query"), "strategy": names()}
-BELOW = [
-    f"KVSHARE_{f.name.upper()}={f.metadata['low'] - 1}" for f in NUMBERS if f.metadata["low"] is not None
-]
+BELOW = [f"KVSHARE_{f.name.upper()}={f.metadata['low'] - 1}" for f in NUMBERS if f.metadata["low"] is not None]
 
 
 def load(text="", **env):
@@ -78,9 +76,7 @@ def test_out_of_range_is_refused_with_value_range_and_remedy(pair):
 @pytest.mark.parametrize("item", NUMBERS, ids=lambda f: f.name)
 def test_the_bounds_themselves_are_accepted(item):
     for bound in filter(lambda b: b is not None, (item.metadata["low"], item.metadata["high"])):
-        around = {"window": f"KVSHARE_MIN_RUN={bound}", "min_run": f"KVSHARE_WINDOW={bound}"}.get(
-            item.name, ""
-        )
+        around = {"window": f"KVSHARE_MIN_RUN={bound}", "min_run": f"KVSHARE_WINDOW={bound}"}.get(item.name, "")
         assert getattr(load(f"KVSHARE_{item.name.upper()}={bound} {around}"), item.name) == bound
 
 
@@ -145,6 +141,4 @@ def test_describe_is_enough_to_set_it_again():
     config = load("KVSHARE_STRATEGY=epic KVSHARE_RATIO=0.15 KVSHARE_MODE=discover KVSHARE_MIN_RUN=48")
     line = config.describe()
     assert "\n" not in line and len(line.split()) == len(FIELDS)
-    assert (
-        load(" ".join(f"KVSHARE_{k.upper()}={v}" for k, v in (p.split("=") for p in line.split()))) == config
-    )
+    assert load(" ".join(f"KVSHARE_{k.upper()}={v}" for k, v in (p.split("=") for p in line.split()))) == config

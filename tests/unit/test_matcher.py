@@ -39,19 +39,13 @@ class Library:
         edge = start
         for s in found:
             assert s.start >= edge and s.end <= end and s.length >= self.min_run
-            assert (
-                prompt[s.start : s.end].tolist()
-                == self.tokens(s.donor_id)[s.donor_start : s.donor_end].tolist()
-            )
+            assert prompt[s.start : s.end].tolist() == self.tokens(s.donor_id)[s.donor_start : s.donor_end].tolist()
             edge = s.end
         return found
 
     def found(self, prompt, **bounds):
         """(number of the donor, its start, prompt start, length) of every segment."""
-        return [
-            (self.ids.index(s.donor_id), s.donor_start, s.start, s.length)
-            for s in self.segments(prompt, **bounds)
-        ]
+        return [(self.ids.index(s.donor_id), s.donor_start, s.start, s.length) for s in self.segments(prompt, **bounds)]
 
 
 def test_nothing_shared():
@@ -61,9 +55,7 @@ def test_nothing_shared():
 
 
 def test_whole_run_is_found_at_another_offset():
-    assert Library(join(text(1), text(2), text(3))).found(join(text(8, 5), text(2), text(9))) == [
-        (0, 30, 5, 30)
-    ]
+    assert Library(join(text(1), text(2), text(3))).found(join(text(8, 5), text(2), text(9))) == [(0, 30, 5, 30)]
 
 
 def test_runs_reach_to_the_first_different_token_on_both_sides():
@@ -164,18 +156,13 @@ def test_ties_go_to_the_longer_run_then_to_the_newer_donor():
 
 
 def test_answer_does_not_depend_on_the_order_of_the_hits():
-    library = Library(
-        join(text(1), text(2)), join(text(7), text(2), text(3)), join(text(8), text(3), text(1))
-    )
+    library = Library(join(text(1), text(2)), join(text(7), text(2), text(3)), join(text(8), text(3), text(1)))
     prompt = join(text(3), text(1), text(2), text(9, 5), text(1)[3:20])
     hits = library.index.hits(HERE, prompt)
     wanted = library.segments(prompt)
     for seed in range(10):
         shuffled = [hits[i] for i in np.random.default_rng(seed).permutation(len(hits))]
-        assert (
-            find_segments(prompt, shuffled, library.tokens, start=0, end=len(prompt), min_run=MIN_RUN)
-            == wanted
-        )
+        assert find_segments(prompt, shuffled, library.tokens, start=0, end=len(prompt), min_run=MIN_RUN) == wanted
 
 
 def test_wrong_nominations_are_harmless():
@@ -223,9 +210,7 @@ def test_smaller_windows_find_no_less():
     prompt = donor.copy()
     prompt[rng.choice(len(prompt), 24, replace=False)] = 1
     reused = [sum(s.length for s in Library(donor, window=w, min_run=8).segments(prompt)) for w in (2, 4, 8)]
-    reused += [
-        sum(s.length for s in Library(donor, window=w, min_run=w).segments(prompt)) for w in (12, 16, 24)
-    ]
+    reused += [sum(s.length for s in Library(donor, window=w, min_run=w).segments(prompt)) for w in (12, 16, 24)]
     assert reused == sorted(reused, reverse=True) and reused[0] > reused[-1]
 
 
@@ -247,9 +232,7 @@ def test_collisions_that_lose_no_place_change_nothing(monkeypatch, modulus):
     prompt = join(text(9, 5), text(3), text(8, 9), text(1), text(2))
     library = Library(*donors)
     # Every window of the prompt nominates every place of the index whose hash agrees modulo a tiny number.
-    rows = [
-        (segment_index.window_hashes(library.tokens(i), WINDOW) % np.uint64(modulus), i) for i in library.ids
-    ]
+    rows = [(segment_index.window_hashes(library.tokens(i), WINDOW) % np.uint64(modulus), i) for i in library.ids]
     asked = segment_index.window_hashes(prompt, WINDOW) % np.uint64(modulus)
     collided = [
         (i, int(at), position)

@@ -20,6 +20,7 @@ def text(seed: int, length: int = 100) -> np.ndarray:
     return np.random.default_rng(seed).permutation(1000)[:length] + 1000 * seed
 
 
+SETTINGS = {"window": 16, "min_run": 32, "min_suffix": 64, "forced_head": 8, "ratio": 0.1}
 PROMPT = np.concatenate((text(9, 10), text(1), text(8, 20), text(2), text(7, 15)))  # 245 tokens
 
 
@@ -29,7 +30,7 @@ class World:
     def __init__(self, registry=None, **settings):
         self.tree = FakeTree()
         metrics = ShareMetrics(registry=registry) if registry is not None else None
-        self.pipeline = Pipeline(KVShareConfig(**settings), self.tree, COSTS, metrics)
+        self.pipeline = Pipeline(KVShareConfig(**SETTINGS | settings), self.tree, COSTS, metrics)
         self.donors = [self.donate(i) for i in (1, 2)]
 
     def donate(self, seed: int, namespace=HERE) -> int | None:
@@ -38,9 +39,7 @@ class World:
         return next(iter(set(self.pipeline.index.donors) - before), None)
 
     def view(self, rid="r", tokens=PROMPT, *, exact_len=0, fresh_from=None, namespace=HERE):
-        return RequestView(
-            rid, namespace, tokens, exact_len, len(tokens) if fresh_from is None else fresh_from
-        )
+        return RequestView(rid, namespace, tokens, exact_len, len(tokens) if fresh_from is None else fresh_from)
 
     def admit(self, rid="r", tokens=PROMPT, **changes):
         view = self.view(rid, tokens, **changes)
@@ -259,9 +258,7 @@ def test_chunks_cover_every_segment_once(world):
         for s, lease in world.pipeline.copies(session, low, high)
         for i in range(s.length)
     ]
-    whole = [
-        (s.donor_id, s.donor_start + i, s.start + i) for s in session.plan.segments for i in range(s.length)
-    ]
+    whole = [(s.donor_id, s.donor_start + i, s.start + i) for s in session.plan.segments for i in range(s.length)]
     assert parts == whole
 
 
@@ -277,7 +274,9 @@ def test_leases_end_with_the_last_reused_chunk(world):
 def test_charge_is_what_runs(world):
     session = world.begin()
     assert world.pipeline.charge(session, 0, 10) == 10
-    assert world.pipeline.charge(session, 0, 245) < 245
+    # All 65 rows on two layers, 10 fresh and 8 forced ones on the other two: 41.5 tokens, rounded up.
+    assert world.pipeline.charge(session, 0, 65) == 42
+    assert world.pipeline.charge(session, 0, 245) == (245 + 45 + 20) / 2
     assert world.pipeline.charge(world.begin("other", text(33, 200)), 0, 200) == 200
 
 

@@ -14,12 +14,8 @@ CHEAP = CostModel(cell_s=1e-5, copy_s=1e-7, overhead_s=0.0, layers=6)
 CONFIG = KVShareConfig(min_run=32, ratio=0.1, forced_head=4)
 
 
-def plan(
-    segments, *, length=300, exact_len=0, fresh_from=None, strategy="kvshare", config=CONFIG, costs=CHEAP
-):
-    view = RequestView(
-        "r", Namespace(), np.arange(length), exact_len, length if fresh_from is None else fresh_from
-    )
+def plan(segments, *, length=300, exact_len=0, fresh_from=None, strategy="kvshare", config=CONFIG, costs=CHEAP):
+    view = RequestView("r", Namespace(), np.arange(length), exact_len, length if fresh_from is None else fresh_from)
     return build_plan(view, tuple(Segment(*s) for s in segments), get(strategy), config, costs)
 
 
@@ -69,13 +65,16 @@ def test_cost_gate():
     assert plan([(0, 0, 50, 100)], costs=dear) is Reason.NOT_WORTH
     slow_copy = CostModel(cell_s=1e-5, copy_s=1e-4, overhead_s=0.0, layers=6)
     assert plan([(0, 0, 50, 100)], costs=slow_copy) is Reason.NOT_WORTH
-    assert plan([(0, 0, 50, 100)], config=KVShareConfig(ratio=1.0)) is Reason.NOT_WORTH  # saves no cell
+    nearly_all = KVShareConfig(ratio=0.995, min_run=32, forced_head=4)  # saves no cell
+    assert plan([(0, 0, 50, 100)], config=nearly_all) is Reason.NOT_WORTH
     assert kept(plan([(0, 0, 50, 100)]))
 
 
 def test_reference_runs_even_when_it_costs():
     dear = CostModel(cell_s=1e-5, copy_s=1e-7, overhead_s=10.0, layers=6)
     assert kept(plan([(0, 0, 50, 100)], strategy="full", costs=dear)) == [(0, 50, 100)]
+    everything = KVShareConfig(ratio=1.0, min_run=32)
+    assert kept(plan([(0, 0, 50, 100)], config=everything, costs=dear)) == [(0, 50, 100)]
 
 
 def test_saving_is_cells_less_copies_less_overhead():

@@ -296,9 +296,7 @@ def test_entries_per_token_are_as_documented():
     assert index.entries / index.tokens == pytest.approx(2 / 18, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "wanted"), [([], [], 0), ([1], [], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1)]
-)
+@pytest.mark.parametrize(("a", "b", "wanted"), [([], [], 0), ([1], [], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1)])
 def test_common_prefix(a, b, wanted):
     assert common_prefix(np.array(a, int), np.array(b, int)) == wanted
 

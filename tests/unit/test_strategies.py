@@ -71,9 +71,7 @@ def test_gradual_filtering_near_the_whole_never_spends_more():
 
 
 def test_kvshare_scores_value_deviation_by_attention():
-    score = get("kvshare").score(
-        evidence(3, alpha=torch.tensor([0.5, 0.0, 2.0]), v_absolute=torch.tensor([4.0, 9, 3]))
-    )
+    score = get("kvshare").score(evidence(3, alpha=torch.tensor([0.5, 0.0, 2.0]), v_absolute=torch.tensor([4.0, 9, 3])))
     assert score.tolist() == [2.0, 0.0, 6.0]
 
 

@@ -73,9 +73,7 @@ def test_records_cannot_be_changed():
         Namespace().extra_key = "other tenant"
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"exact_len": -1}, {"exact_len": 11}, {"fresh_from": 11}, {"fresh_from": -1}]
-)
+@pytest.mark.parametrize("wrong", [{"exact_len": -1}, {"exact_len": 11}, {"fresh_from": 11}, {"fresh_from": -1}])
 def test_view_outside_the_prompt_is_refused(wrong):
     with pytest.raises(PlanError, match="request r: .*prompt_len=10"):
         view(**wrong)
@@ -126,9 +124,7 @@ def test_forced_head_never_leaves_a_short_segment():
     assert plan.forced_positions(0, 30).tolist() == [4, 5, 6, 8, 9, 10]
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"exact": -1}, {"reused": -1}, {"fresh": -1}, {"recomputed": 5}, {"recomputed": -1}]
-)
+@pytest.mark.parametrize("wrong", [{"exact": -1}, {"reused": -1}, {"fresh": -1}, {"recomputed": 5}, {"recomputed": -1}])
 def test_contradictory_report_is_refused(wrong):
     with pytest.raises(PlanError, match="contradictory"):
         report(**wrong)

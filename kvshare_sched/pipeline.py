@@ -74,8 +74,10 @@ class Pipeline:
         Memoised per request and index generation. Donors the tree has evicted meanwhile are shortened or
         dropped from the index on the way: that only corrects the index.
         """
+        text = hash(view.token_ids.tobytes())
         for _ in range(_MAX_REMATCH):
-            key = (self.index.generation, view.exact_len, view.prompt_len)
+            # A request id may come back with another prompt, so the prompt is part of the key.
+            key = (self.index.generation, view.exact_len, view.fresh_from, view.namespace, text)
             remembered = self._memo.get(view.rid)
             if remembered is not None and remembered[0] == key:
                 segments = remembered[1]
@@ -150,10 +152,13 @@ class Pipeline:
     def _lease(self, plan: ReusePlan) -> dict[int, DonorLease]:
         leases: dict[int, DonorLease] = {}
         for donor_id, needed in _needed(plan.segments).items():
-            lease = self.tree.lease(self.index.donors[donor_id], needed)
-            if lease is None:
+            try:
+                lease = self.tree.lease(self.index.donors[donor_id], needed)
+                if lease is None:
+                    raise _DonorLost
+            except BaseException:
                 self._release_leases(leases)
-                raise _DonorLost
+                raise
             leases[donor_id] = lease
         return leases
 

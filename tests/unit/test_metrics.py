@@ -92,7 +92,10 @@ def test_tokens_by_origin_sum_to_the_prompts(metrics, registry):
     assert seen["kvshare_recomputed_tokens_total", ()] == 7
     assert seen["kvshare_discovered_tokens_total", ()] == 16
     assert seen["kvshare_prefill_cells_total", ()] == 180
+    metrics.indexed(0.25)
+    seen = samples(registry)
     assert {p: seen["kvshare_phase_seconds_total", (p,)] for p in PHASES} == {
+        "index": 0.25,
         "match": 0.5,
         "copy": 0.5,
         "recompute": 1.0,

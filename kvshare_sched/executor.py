@@ -130,7 +130,7 @@ class Executor:
             for chunk in chunks:
                 keep[chunk.candidates] = False
                 positions_of = torch.from_numpy(chunk.candidates - chunk.row + chunk.start)
-                picked = strategy.upfront(positions_of, config).numpy()
+                picked = strategy.upfront(positions_of, chunk.budget(config.ratio)).numpy()
                 keep[picked - chunk.start + chunk.row] = True
 
         view, rows, layer = self._enter(input_ids, positions, batch, keep)

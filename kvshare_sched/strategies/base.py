@@ -45,8 +45,8 @@ class Strategy:
     source: str
     checks: Callable[[KVShareConfig, int], tuple[Check, ...]]  # (config, number of layers) -> schedule
     score: Callable[[Evidence], torch.Tensor] | None = None  # higher = recompute first; <= 0 = never
-    # (reused positions int64 [n] ascending, config) -> those to recompute, for a strategy without checks
-    upfront: Callable[[torch.Tensor, KVShareConfig], torch.Tensor] | None = None
+    # (reused positions int64 [n] ascending, budget in rows) -> those to recompute, for a strategy without checks
+    upfront: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     forced_head: Callable[[KVShareConfig], int] = lambda config: config.forced_head
     needs_alpha: bool = False
 
@@ -57,5 +57,5 @@ def no_checks(config: KVShareConfig, layers: int) -> tuple[Check, ...]:
 
 
 def one_check(config: KVShareConfig, layers: int) -> tuple[Check, ...]:
-    """One selection, after the configured check layer; none when the budget is everything."""
+    """One selection, after the configured check layer."""
     return (Check(min(config.check_layer, layers - 1), config.ratio),)

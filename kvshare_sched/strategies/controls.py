@@ -6,13 +6,12 @@
 
 import torch
 
-from kvshare_sched.config import KVShareConfig
 from kvshare_sched.strategies.base import Strategy, no_checks
 
 _SEED = 20260730
 
 
-def _run_heads(positions: torch.Tensor, config: KVShareConfig) -> torch.Tensor:
+def _run_heads(positions: torch.Tensor, budget: int) -> torch.Tensor:
     """The same number of first tokens from every run of consecutive positions, within the budget."""
     if len(positions) == 0:
         return positions
@@ -21,14 +20,13 @@ def _run_heads(positions: torch.Tensor, config: KVShareConfig) -> torch.Tensor:
     first = torch.nonzero(starts).flatten()
     run = torch.cumsum(starts.long(), 0) - 1
     into_run = torch.arange(len(positions)) - first[run]
-    per_run = int(config.ratio * len(positions)) // len(first)
+    per_run = budget // len(first)
     return positions[into_run < per_run]
 
 
-def _random(positions: torch.Tensor, config: KVShareConfig) -> torch.Tensor:
+def _random(positions: torch.Tensor, budget: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(_SEED + len(positions))
-    count = int(config.ratio * len(positions))
-    return positions[torch.randperm(len(positions), generator=generator)[:count]].sort().values
+    return positions[torch.randperm(len(positions), generator=generator)[:budget]].sort().values
 
 
 ALL = (
@@ -38,8 +36,8 @@ ALL = (
         "naive",
         "control: reuse without recompute",
         checks=no_checks,
-        upfront=lambda positions, config: positions[:0],
+        upfront=lambda positions, budget: positions[:0],
         forced_head=lambda config: 0,
     ),
-    Strategy("full", "reference: recompute everything", checks=no_checks, upfront=lambda p, config: p),
+    Strategy("full", "reference: recompute everything", checks=no_checks, upfront=lambda positions, budget: positions),
 )

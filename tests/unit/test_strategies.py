@@ -91,7 +91,7 @@ def test_tokens_without_deviation_score_zero(name):
 @pytest.mark.parametrize("name", UPFRONT)
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 0.1, 0.5, 1.0])
 def test_choice_upfront_is_a_sorted_subset_within_its_budget(name, ratio):
-    picked = get(name).upfront(RUNS, config(ratio=ratio))
+    picked = get(name).upfront(RUNS, int(ratio * len(RUNS)))
     budget = {"full": len(RUNS), "naive": 0}.get(name, ratio * len(RUNS))
     assert picked.dtype == torch.int64 and len(picked) <= budget
     assert picked.tolist() == sorted(set(picked.tolist()) & set(RUNS.tolist()))
@@ -99,30 +99,30 @@ def test_choice_upfront_is_a_sorted_subset_within_its_budget(name, ratio):
 
 @pytest.mark.parametrize("name", UPFRONT)
 def test_choice_upfront_of_nothing_is_nothing(name):
-    assert get(name).upfront(RUNS[:0], config()).tolist() == []
+    assert get(name).upfront(RUNS[:0], 10).tolist() == []
 
 
 def test_full_takes_all_and_naive_none():
-    assert get("full").upfront(RUNS, config()).tolist() == RUNS.tolist()
-    assert get("naive").upfront(RUNS, config(ratio=1.0)).tolist() == []
+    assert get("full").upfront(RUNS, 10).tolist() == RUNS.tolist()
+    assert get("naive").upfront(RUNS, len(RUNS)).tolist() == []
 
 
 def test_epic_takes_equally_many_heads_of_every_run():
-    picked = get("epic").upfront(RUNS, config(ratio=0.12)).tolist()  # 12 of 100 tokens, 3 runs
+    picked = get("epic").upfront(RUNS, 12).tolist()  # 12 of 100 tokens, 3 runs
     assert picked == [10, 11, 12, 13, 100, 101, 102, 103, 180, 181, 182, 183]
 
 
 def test_epic_takes_short_runs_whole():
     positions = torch.tensor([5, 6, 20, 21, 22, 23, 24, 25, 26, 27])
-    assert get("epic").upfront(positions, config(ratio=0.8)).tolist() == [5, 6, 20, 21, 22, 23]
+    assert get("epic").upfront(positions, int(0.8 * len(positions))).tolist() == [5, 6, 20, 21, 22, 23]
 
 
 def test_random_is_seeded_and_spreads():
-    first, second = (get("random").upfront(RUNS, config(ratio=0.2)).tolist() for _ in range(2))
+    first, second = (get("random").upfront(RUNS, 20).tolist() for _ in range(2))
     assert first == second and len(first) == 20
     assert first != RUNS[:20].tolist() and min(first) < 60 <= max(first)
     torch.manual_seed(1)  # the global generator plays no part
-    assert get("random").upfront(RUNS, config(ratio=0.2)).tolist() == first
+    assert get("random").upfront(RUNS, 20).tolist() == first
 
 
 @pytest.mark.parametrize("name", names())

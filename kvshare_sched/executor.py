@@ -13,44 +13,18 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from kvshare_kernels import attention_column_mass, copy_rotate, token_deviation, top_k
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
-from kvshare_sched.pipeline import Pipeline, Session
-from kvshare_sched.strategies.base import Evidence
+from kvshare_kernels import copy_rotate, top_k
+from kvshare_sched.evidence import Chunk, Witness
+from kvshare_sched.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
-# Deviation below this share of the value's own norm is arithmetic noise: such a token is not worth a row.
-_NOISE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """One request's rows in a batch."""
-
-    session: Session
-    row: int  # first row in the batch
-    start: int  # prompt position of that row
-    end: int
-    reused: np.ndarray  # bool [end - start]
-    forced: np.ndarray  # bool [end - start], reused rows that are recomputed in any case
-
-    @property
-    def candidates(self) -> np.ndarray:
-        """Batch rows whose recompute is up to the strategy, int64 ascending."""
-        return np.flatnonzero(self.reused & ~self.forced) + self.row
-
-    def budget(self, share: float) -> int:
-        """How many of the candidates a share of the reused rows buys beside the forced ones."""
-        reused = int(self.reused.sum())
-        return max(0, math.ceil(share * reused) - int(self.forced.sum()))
 
 
 class Executor:
@@ -63,7 +37,7 @@ class Executor:
         self.cos_sin, self.neox = cos_sin, neox
         self.layers = self.model.model.layers
         self.pool = model_runner.token_to_kv_pool
-        self.attention = _attention_modules(self.model)
+        self.witness = Witness(pipeline, model_runner)
         self._ordinary = self.model.forward
 
     def install(self) -> None:
@@ -93,11 +67,11 @@ class Executor:
         self._settle(chunks)
         return output
 
-    def _settle(self, chunks: list[_Chunk]) -> None:
+    def _settle(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             self.pipeline.chunk_done(chunk.session, chunk.end)
 
-    def _chunks(self, batch: ForwardBatch) -> list[_Chunk] | None:
+    def _chunks(self, batch: ForwardBatch) -> list[Chunk] | None:
         """The planned requests of an extend batch; None when there is none."""
         if not batch.forward_mode.is_extend() or not batch.rids or not self.pipeline.sessions:
             return None
@@ -110,13 +84,13 @@ class Executor:
                 forced = np.zeros(end - start, bool)
                 forced[session.plan.forced_positions(start, end) - start] = True
                 forced[-1] = reused[-1]  # the row that gives this chunk's logits always runs
-                chunks.append(_Chunk(session, row, start, end, reused, forced))
+                chunks.append(Chunk(session, row, start, end, reused, forced))
             row += end - start
         return chunks or None
 
     # ---- one batch ----
 
-    def _run(self, input_ids, positions, batch: ForwardBatch, chunks: list[_Chunk]):
+    def _run(self, input_ids, positions, batch: ForwardBatch, chunks: list[Chunk]):
         strategy, config = self.pipeline.strategy, self.pipeline.config
         total, depth = input_ids.shape[0], len(self.layers)
         everything = config.ratio >= 1 and strategy.name != "naive"
@@ -136,11 +110,11 @@ class Executor:
         view, rows, layer = self._enter(input_ids, positions, batch, keep)
         cells = np.zeros(len(chunks), np.int64)
         for check in checks:
-            with self._probe(check.layer, view, rows, chunks, keep) as scores:
+            with self.witness.scores(check.layer, view, rows, chunks, keep) as scores:
                 self._span(view, layer, check.layer + 1)
             cells += self._rows_of(chunks, keep) * (check.layer + 1 - layer)
             layer = check.layer + 1
-            for chunk, score in zip(chunks, scores.result, strict=True):
+            for chunk, score in zip(chunks, scores, strict=True):
                 running = chunk.candidates[keep[chunk.candidates]]
                 keep[running] = False
                 keep[running[top_k(score, chunk.budget(check.share)).cpu().numpy()]] = True
@@ -159,10 +133,10 @@ class Executor:
         return output
 
     @staticmethod
-    def _rows_of(chunks: list[_Chunk], keep: np.ndarray) -> np.ndarray:
+    def _rows_of(chunks: list[Chunk], keep: np.ndarray) -> np.ndarray:
         return np.array([keep[c.row : c.row + len(c.reused)].sum() for c in chunks], np.int64)
 
-    def _copy(self, batch: ForwardBatch, chunks: list[_Chunk], first_layer: int) -> None:
+    def _copy(self, batch: ForwardBatch, chunks: list[Chunk], first_layer: int) -> None:
         """Donor KV into the chunks' own slots, keys rotated; layers below the first check are never read."""
         runs = []
         for chunk in chunks:
@@ -260,110 +234,3 @@ class Executor:
         view.hidden_states = None
         self.model_runner.attn_backend.init_forward_metadata(view)
         return view
-
-    # ---- evidence at a check layer ----
-
-    def _probe(self, layer: int, view, rows, chunks, keep) -> _Probe:
-        return _Probe(self, layer, view, rows, chunks, keep)
-
-    def evidence(self, layer, q, k, v, view, rows, chunks, keep) -> list[Evidence]:
-        """Deviation of the fresh K and V of the candidate rows from the copied ones, and attention received.
-
-        q, k, v [rows of the view, heads * D] as the layer is about to use them; the pool still holds the copies.
-        """
-        module = self.attention[layer]
-        q = q.view(-1, module.tp_q_head_num, module.qk_head_dim)
-        k = k.view(-1, module.tp_k_head_num, module.qk_head_dim)
-        v = v.view(-1, module.tp_v_head_num, module.v_head_dim)
-        keys, values = self.pool.get_key_buffer(layer), self.pool.get_value_buffer(layer)
-        found = []
-        for chunk in chunks:
-            running = chunk.candidates[keep[chunk.candidates]]
-            local = running if rows is None else np.searchsorted(rows, running)
-            index = torch.from_numpy(local).to(q.device)
-            slots = view.out_cache_loc[index].long()
-            cached_v = values[slots].to(v.dtype)
-            _, k_squared = token_deviation(k[index], keys[slots].to(k.dtype))
-            v_absolute, v_squared = token_deviation(v[index], cached_v)
-            size = cached_v.float().abs().flatten(1).sum(dim=1)
-            alpha = torch.zeros_like(v_absolute)
-            if self.pipeline.strategy.needs_alpha and len(local):
-                alpha = self._alpha(module, layer, chunk, rows, index, q, k, view)
-            sums = self._over_ranks(torch.stack((k_squared, v_squared, v_absolute, alpha, size)))
-            k_squared, v_squared, v_absolute, alpha, size = sums.unbind()
-            noise = v_absolute <= _NOISE.get(q.dtype, 3e-2) * size
-            where = torch.from_numpy(running - chunk.row + chunk.start)
-            found.append(
-                Evidence(
-                    where,
-                    *(x.masked_fill(noise, 0) for x in (k_squared, v_squared, v_absolute)),
-                    alpha=alpha,
-                )
-            )
-        return found
-
-    def _alpha(self, module, layer, chunk, rows, index, q, k, view):
-        """Attention each candidate receives, this rank's heads over all heads (KVShare 4.4)."""
-        low, high = chunk.row, chunk.row + len(chunk.reused)
-        local = (low, high) if rows is None else tuple(np.searchsorted(rows, (low, high)))
-        share = 1 / self._ranks()
-        if self.pipeline.config.alpha == "one_query":
-            # The next-to-last row of the chunk looks at the candidates only; all of them stand before it.
-            query = q[max(local[0], local[1] - 2)][None]
-            last = torch.full((1,), len(index) - 1, dtype=torch.int64, device=q.device)
-            return attention_column_mass(query, k[index], last, module.scaling) * share
-        request = view.req_pool_indices[self._sequence_of(view, local[0])]
-        before = self.model_runner.req_to_token_pool.req_to_token[request, : chunk.start].long()
-        prefix = self.pool.get_key_buffer(layer)[before].to(k.dtype)
-        mine = slice(*local)
-        mass = attention_column_mass(q[mine], torch.cat((prefix, k[mine])), view.positions[mine].long(), module.scaling)
-        return mass[chunk.start + index - local[0]] * share
-
-    @staticmethod
-    def _sequence_of(view: ForwardBatch, row: int) -> int:
-        ends = np.cumsum(view.extend_seq_lens_cpu)
-        return int(np.searchsorted(ends, row, side="right"))
-
-    @staticmethod
-    def _ranks() -> int:
-        from sglang.srt.distributed import get_tp_group
-
-        return get_tp_group().world_size
-
-    def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        """Scores are summed over the tensor-parallel ranks before anybody chooses, so all choose alike."""
-        from sglang.srt.distributed import get_tp_group
-
-        group = get_tp_group()
-        return group.all_reduce(sums) if group.world_size > 1 else sums
-
-
-class _Probe:
-    """Context in which a check layer hands over its q, k, v; `result` holds one score tensor a chunk after it."""
-
-    def __init__(self, executor: Executor, layer: int, view, rows, chunks, keep):
-        self._executor = executor
-        self._layer = layer
-        self._where = (view, rows, chunks, keep)
-        self.result: list[torch.Tensor] = []
-
-    def __enter__(self) -> _Probe:
-        module = self._executor.attention[self._layer]
-        self._hook = module.register_forward_pre_hook(self._look)
-        return self
-
-    def _look(self, module, args):
-        found = self._executor.evidence(self._layer, *args[:3], *self._where)
-        score = self._executor.pipeline.strategy.score
-        self.result = [score(evidence) for evidence in found]
-
-    def __exit__(self, *exc):
-        self._hook.remove()
-
-
-def _attention_modules(model) -> list:
-    """The decoder's attention modules in layer order."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    found = {m.layer_id: m for m in model.modules() if isinstance(m, RadixAttention)}
-    return [found[i] for i in sorted(found)]

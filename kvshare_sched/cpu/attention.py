@@ -9,11 +9,11 @@ same batch correctly too, sequence by sequence.
 from typing import NamedTuple
 
 import torch
-from kvshare_kernels import attend_last, attend_rows
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from kvshare_kernels import attend_last, attend_rows
 from kvshare_sched.errors import UnsupportedError
 
 

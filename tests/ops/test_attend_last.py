@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from kvshare_kernels import attend_last, reference
 from samples import DIMS, DTYPES, HEADS, same, tensor
+
+from kvshare_kernels import attend_last, reference
 
 
 def inputs(lengths, heads, dim, dtype, device):

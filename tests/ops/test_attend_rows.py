@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kvshare_kernels import attend_rows, reference
 from samples import DIMS, DTYPES, HEADS, SIZES, same, scattered, tensor
+
+from kvshare_kernels import attend_rows, reference
 
 
 def inputs(rows, keys, heads, dim, dtype, device):

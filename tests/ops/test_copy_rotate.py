@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from kvshare_kernels import copy_rotate, reference
 from samples import DTYPES, SIZES, tensor
+
+from kvshare_kernels import copy_rotate, reference
 
 SLOTS, LAYERS, LONGEST = 900, 3, 512
 # Both sides compute in float32 and round once: neighbours in bfloat16 differ by 2**-7 at most.

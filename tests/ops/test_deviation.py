@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from kvshare_kernels import attention_column_mass, reference, token_deviation, top_k
 from samples import DIMS, DTYPES, HEADS, SIZES, scattered, tensor
+
+from kvshare_kernels import attention_column_mass, reference, token_deviation, top_k
 
 # ---- token_deviation ----
 

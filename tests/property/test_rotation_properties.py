@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvshare_kernels import reference
 from kvshare_kernels.kv_copy import rotate_run, rotation_rows
 

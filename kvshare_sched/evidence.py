@@ -1,0 +1,124 @@
+"""What a check layer shows: how far each reused token's K and V deviate, and how much attention it receives.
+
+The layer's attention module is asked just before it runs: its q, k, v are fresh, the KV pool still holds the
+donors' copies in the very slots the layer is about to write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvshare_kernels import attention_column_mass, token_deviation
+from kvshare_sched.pipeline import Pipeline, Session
+from kvshare_sched.strategies.base import Evidence
+
+# Deviation below this share of the value's own norm is arithmetic noise: such a token is not worth a row.
+_NOISE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One request's rows in a batch."""
+
+    session: Session
+    row: int  # first row in the batch
+    start: int  # prompt position of that row
+    end: int
+    reused: np.ndarray  # bool [end - start]
+    forced: np.ndarray  # bool [end - start], reused rows that are recomputed in any case
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """Batch rows whose recompute is up to the strategy, int64 ascending."""
+        return np.flatnonzero(self.reused & ~self.forced) + self.row
+
+    def budget(self, share: float) -> int:
+        """How many of the candidates a share of the reused rows buys beside the forced ones."""
+        reused = int(self.reused.sum())
+        return max(0, math.ceil(share * reused) - int(self.forced.sum()))
+
+
+class Witness:
+    """Scores the candidate rows of a batch at a check layer of one rank's model."""
+
+    def __init__(self, pipeline: Pipeline, model_runner):
+        from sglang.srt.distributed import get_tp_group
+        from sglang.srt.layers.radix_attention import RadixAttention
+
+        self.pipeline = pipeline
+        self.pool = model_runner.token_to_kv_pool
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
+        self.ranks = get_tp_group()
+        self.attention = {m.layer_id: m for m in model_runner.model.modules() if isinstance(m, RadixAttention)}
+
+    @contextlib.contextmanager
+    def scores(self, layer: int, view, rows, chunks: list[Chunk], keep: np.ndarray) -> Iterator[list[torch.Tensor]]:
+        """While `layer` runs inside the block, the list fills with one score tensor a chunk.
+
+        view: the batch the layer sees; rows: the original batch's row of each of its rows, None for all; keep:
+        bool, rows of the original batch still running. Scores follow the chunk's running candidates, ascending.
+        """
+        found: list[torch.Tensor] = []
+
+        def look(module, args):
+            q, k, v, *_ = args
+            found.extend(map(self.pipeline.strategy.score, self._evidence(layer, q, k, v, view, rows, chunks, keep)))
+
+        hook = self.attention[layer].register_forward_pre_hook(look)
+        try:
+            yield found
+        finally:
+            hook.remove()
+
+    def _evidence(self, layer, q, k, v, view, rows, chunks, keep) -> Iterator[Evidence]:
+        """q, k, v [rows of the view, heads * D] as the layer is about to use them."""
+        module = self.attention[layer]
+        q = q.view(-1, module.tp_q_head_num, module.qk_head_dim)
+        k = k.view(-1, module.tp_k_head_num, module.qk_head_dim)
+        v = v.view(-1, module.tp_v_head_num, module.v_head_dim)
+        keys, values = self.pool.get_key_buffer(layer), self.pool.get_value_buffer(layer)
+        for chunk in chunks:
+            running = chunk.candidates[keep[chunk.candidates]]
+            local = running if rows is None else np.searchsorted(rows, running)
+            index = torch.from_numpy(local).to(q.device)
+            slots = view.out_cache_loc[index].long()
+            cached_v = values[slots].to(v.dtype)
+            _, k_squared = token_deviation(k[index], keys[slots].to(k.dtype))
+            v_absolute, v_squared = token_deviation(v[index], cached_v)
+            size = cached_v.float().abs().flatten(1).sum(dim=1)
+            alpha = torch.zeros_like(v_absolute)
+            if self.pipeline.strategy.needs_alpha and len(local):
+                alpha = self._alpha(module, layer, chunk, rows, index, q, k, view)
+            sums = self._over_ranks(torch.stack((k_squared, v_squared, v_absolute, alpha, size)))
+            k_squared, v_squared, v_absolute, alpha, size = sums.unbind()
+            noise = v_absolute <= _NOISE.get(q.dtype, 3e-2) * size
+            positions = torch.from_numpy(running - chunk.row + chunk.start)
+            deviation = (x.masked_fill(noise, 0) for x in (k_squared, v_squared, v_absolute))
+            yield Evidence(positions, *deviation, alpha=alpha)
+
+    def _alpha(self, module, layer, chunk, rows, index, q, k, view) -> torch.Tensor:
+        """Attention each candidate receives: mean over all heads, this rank's part of it (KVShare 4.4)."""
+        low, high = chunk.row, chunk.row + len(chunk.reused)
+        local = (low, high) if rows is None else tuple(np.searchsorted(rows, (low, high)))
+        share = 1 / self.ranks.world_size
+        if self.pipeline.config.alpha == "one_query":
+            # The next-to-last row of the chunk looks at the candidates only; none of them stands after it.
+            query = q[max(local[0], local[1] - 2)][None]
+            last = torch.full((1,), len(index) - 1, dtype=torch.int64, device=q.device)
+            return attention_column_mass(query, k[index], last, module.scaling) * share
+        sequence = int(np.searchsorted(np.cumsum(view.extend_seq_lens_cpu), local[0], side="right"))
+        before = self.req_to_token[view.req_pool_indices[sequence], : chunk.start].long()
+        prefix = self.pool.get_key_buffer(layer)[before].to(k.dtype)
+        mine = slice(*local)
+        mass = attention_column_mass(q[mine], torch.cat((prefix, k[mine])), view.positions[mine].long(), module.scaling)
+        return mass[chunk.start + index - local[0]] * share
+
+    def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+        """Scores are summed over the tensor-parallel ranks before anybody chooses, so all choose alike."""
+        return self.ranks.all_reduce(sums) if self.ranks.world_size > 1 else sums

@@ -2,13 +2,14 @@
 
 from kvshare_kernels.deviation import attention_column_mass, token_deviation, top_k
 from kvshare_kernels.kv_copy import copy_rotate
-from kvshare_kernels.ragged_attention import attend_last, attend_rows
+from kvshare_kernels.ragged_attention import attend_last, attend_rows, plan_rows
 
 __all__ = [
     "attend_last",
     "attend_rows",
     "attention_column_mass",
     "copy_rotate",
+    "plan_rows",
     "token_deviation",
     "top_k",
 ]

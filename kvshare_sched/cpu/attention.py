@@ -13,7 +13,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from kvshare_kernels import attend_last, attend_rows
+from kvshare_kernels import attend_last, attend_rows, plan_rows
+from kvshare_kernels.ragged_attention import RowPlan
 from kvshare_sched.errors import UnsupportedError
 
 
@@ -23,7 +24,7 @@ class _Rows(NamedTuple):
     start: int  # first row in the batch
     stop: int
     slots: torch.Tensor | slice  # the request's KV slots, int64 [last position + 1], or their one range
-    positions: torch.Tensor  # int64 [stop - start], ascending
+    plan: RowPlan
 
 
 class _Decode(NamedTuple):
@@ -51,6 +52,7 @@ class PortableCpuAttention(AttentionBackend):
         super().__init__()
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.dtype = model_runner.dtype  # of queries
         self.rows: list[_Rows] = []
         self.decode: _Decode | None = None
 
@@ -73,7 +75,7 @@ class PortableCpuAttention(AttentionBackend):
             if stop > start:
                 slots = _as_range(self.req_to_token[request, :last].long())
                 positions = batch.positions[start:stop].long()
-                plan.append(_Rows(start, stop, slots, positions))
+                plan.append(_Rows(start, stop, slots, plan_rows(positions, self.dtype)))
             start = stop
         return plan
 
@@ -89,7 +91,10 @@ class PortableCpuAttention(AttentionBackend):
         padded = int(lengths.sum()) < lengths.numel() * longest
         if lengths.numel() * longest <= 2 * int(lengths.sum()):
             return _Decode(slots, exists[:, None, None] if padded else None)
-        self.rows = [_Rows(i, i + 1, slots[i, :n], lengths[i : i + 1] - 1) for i, n in enumerate(lengths.tolist())]
+        self.rows = [
+            _Rows(i, i + 1, slots[i, :n], plan_rows(lengths[i : i + 1] - 1, self.dtype))
+            for i, n in enumerate(lengths.tolist())
+        ]
         return None
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
@@ -107,9 +112,9 @@ class PortableCpuAttention(AttentionBackend):
         return out.view(q.shape[0], -1)
 
     def _attend(self, plan, keys, values, q, out, layer):
-        for start, stop, slots, positions in plan:
+        for start, stop, slots, rows in plan:
             k, v = _take(keys, slots).to(q.dtype), _take(values, slots).to(q.dtype)
-            attend_rows(q[start:stop], k, v, positions, layer.scaling, out[start:stop])
+            attend_rows(q[start:stop], k, v, rows, layer.scaling, out[start:stop])
 
     def _store_and_view(self, q, k, v, layer, batch, save):
         if (

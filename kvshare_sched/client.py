@@ -24,7 +24,10 @@ class Answer:
 
 
 class Client:
-    """One server; `namespace` keeps requests apart exactly as tenants are."""
+    """One server; `namespace` keeps requests apart exactly as tenants are.
+
+    `reuse`: True for the server's settings, False to opt out, or a dictionary of settings for this request.
+    """
 
     def __init__(self, url: str):
         self.url = url
@@ -39,12 +42,12 @@ class Client:
 
     def _body(self, prompt, new_tokens, namespace, reuse, **extra) -> dict:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens}
-        if not reuse:
-            sampling["custom_params"] = {"kvshare": "off"}
+        if reuse is not True:
+            sampling["custom_params"] = {"kvshare": reuse or "off"}
         key = "text" if isinstance(prompt, str) else "input_ids"
         return {key: prompt, "sampling_params": sampling, "extra_key": namespace, **extra}
 
-    def generate(self, prompt, *, new_tokens: int, namespace: str, reuse: bool = True) -> Answer:
+    def generate(self, prompt, *, new_tokens: int, namespace: str, reuse: bool | dict = True) -> Answer:
         """Greedy answer, streamed. prompt: text or token ids."""
         body = self._body(prompt, new_tokens, namespace, reuse, stream=True)
         started, first, last = time.perf_counter(), None, {}
@@ -85,7 +88,7 @@ class Client:
         return sorted({entry[1] for row in rows for entry in row})
 
     def log_probabilities(
-        self, prompt: list[int], answer, ids: list[int], namespace: str, *, reuse: bool
+        self, prompt: list[int], answer, ids: list[int], namespace: str, *, reuse: bool | dict
     ) -> tuple[list[list[float]], dict]:
         """log p of each of `ids` at every answer token, and the report of that request."""
         meta = self._teacher_forced(prompt, answer, namespace, reuse, token_ids_logprob=ids)

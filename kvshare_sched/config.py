@@ -10,7 +10,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from kvshare_sched.errors import ConfigError
 
@@ -19,11 +19,9 @@ ALPHA_MODES = ("colsum", "one_query")
 _NOT_SETTINGS = {"KVSHARE_CONFIG", "KVSHARE_CACHE"}  # read elsewhere
 
 
-def _setting(default, unit: str, reason: str, *, choices=None, low=None, high=None):
-    return field(
-        default=default,
-        metadata={"unit": unit, "reason": reason, "choices": choices, "low": low, "high": high},
-    )
+def _setting(default, unit: str, reason: str, *, choices=None, low=None, high=None, request=False):
+    limits = {"choices": choices, "low": low, "high": high}
+    return field(default=default, metadata={"unit": unit, "reason": reason, "request": request, **limits})
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +29,8 @@ class KVShareConfig:
     """Every setting, with its unit, its range and the reason for its default."""
 
     mode: str = _setting("on", "", "discover looks up and reports without using", choices=MODES)
-    strategy: str = _setting("kvshare", "", "which reused tokens are recomputed")
-    ratio: float = _setting(0.10, "share of reused tokens", "recompute budget", low=0.0, high=1.0)
+    strategy: str = _setting("kvshare", "", "which reused tokens are recomputed", request=True)
+    ratio: float = _setting(0.10, "share of reused tokens", "recompute budget", low=0.0, high=1.0, request=True)
     check_layer: int = _setting(1, "layer, 0-based", "all rows run up to this layer; layer 0 shows no deviation", low=1)
     alpha: str = _setting("one_query", "", "attention weights of the kvshare score", choices=ALPHA_MODES)
     window: int = _setting(16, "tokens", "length of the hashed windows", low=2, high=256)
@@ -83,6 +81,15 @@ class KVShareConfig:
             values[name] = _convert(text, types[name], variable)
         return cls(**values)
 
+    def for_request(self, wishes: Mapping[str, object]) -> KVShareConfig:
+        """These settings with what one request asks for; raises ConfigError for what a request may not set."""
+        if not wishes:
+            return self
+        types = {f.name: type(f.default) for f in fields(self) if f.metadata["request"]}
+        for name in wishes:
+            _known(name, types, f"request setting {name}")
+        return replace(self, **{k: _typed(v, types[k], f"request setting {k}") for k, v in wishes.items()})
+
     def describe(self) -> str:
         """One line with every value, enough to set the same configuration again."""
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
@@ -120,8 +127,14 @@ def _read_file(path: str, types: Mapping[str, type]) -> dict:
         raise ConfigError(f"KVSHARE_CONFIG={path!r} cannot be read: {problem}. Name a readable TOML file.") from None
     for name, value in data.items():
         _known(name, types, f"{path}: {name}")
-        if types[name] is float and type(value) is int:
-            data[name] = float(value)
-        elif type(value) is not types[name]:
-            raise ConfigError(f"{path}: {name}={value!r} must be of type {types[name].__name__}.")
+        data[name] = _typed(value, types[name], f"{path}: {name}")
     return data
+
+
+def _typed(value, kind: type, where: str):
+    """The value if it has the setting's type; a whole number is fine where a fraction is meant."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where}={value!r} must be of type {kind.__name__}.")
+    return value

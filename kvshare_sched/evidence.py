@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from kvshare_kernels import attention_column_mass, token_deviation
-from kvshare_sched.pipeline import Pipeline, Session
-from kvshare_sched.strategies.base import Evidence
+from kvshare_sched.pipeline import Session
+from kvshare_sched.strategies.base import Check, Evidence
 
 # Deviation below this share of the value's own norm is arithmetic noise: such a token is not worth a row.
 _NOISE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -34,6 +34,15 @@ class Chunk:
     forced: np.ndarray  # bool [end - start], reused rows that are recomputed in any case
 
     @property
+    def everything(self) -> bool:
+        """Every row is to be recomputed: the reference, and what a ratio of 1 means."""
+        return self.session.config.ratio >= 1 and self.session.config.strategy != "naive"
+
+    def checks(self, depth: int) -> tuple[Check, ...]:
+        """When the strategy chooses, in a model of `depth` layers."""
+        return () if self.everything else self.session.strategy.checks(self.session.config, depth)
+
+    @property
     def candidates(self) -> np.ndarray:
         """Batch rows whose recompute is up to the strategy, int64 ascending."""
         return np.flatnonzero(self.reused & ~self.forced) + self.row
@@ -47,11 +56,10 @@ class Chunk:
 class Witness:
     """Scores the candidate rows of a batch at a check layer of one rank's model."""
 
-    def __init__(self, pipeline: Pipeline, model_runner):
+    def __init__(self, model_runner):
         from sglang.srt.distributed import get_tp_group
         from sglang.srt.layers.radix_attention import RadixAttention
 
-        self.pipeline = pipeline
         self.pool = model_runner.token_to_kv_pool
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.ranks = get_tp_group()
@@ -68,7 +76,8 @@ class Witness:
 
         def look(module, args):
             q, k, v, *_ = args
-            found.extend(map(self.pipeline.strategy.score, self._evidence(layer, q, k, v, view, rows, chunks, keep)))
+            evidence = self._evidence(layer, q, k, v, view, rows, chunks, keep)
+            found.extend(c.session.strategy.score(e) for c, e in zip(chunks, evidence, strict=True))
 
         hook = self.attention[layer].register_forward_pre_hook(look)
         try:
@@ -93,7 +102,7 @@ class Witness:
             v_absolute, v_squared = token_deviation(v[index], cached_v)
             size = cached_v.float().abs().flatten(1).sum(dim=1)
             alpha = torch.zeros_like(v_absolute)
-            if self.pipeline.strategy.needs_alpha and len(local):
+            if chunk.session.strategy.needs_alpha and len(local):
                 alpha = self._alpha(module, layer, chunk, rows, index, q, k, view)
             sums = self._over_ranks(torch.stack((k_squared, v_squared, v_absolute, alpha, size)))
             k_squared, v_squared, v_absolute, alpha, size = sums.unbind()
@@ -107,7 +116,7 @@ class Witness:
         low, high = chunk.row, chunk.row + len(chunk.reused)
         local = (low, high) if rows is None else tuple(np.searchsorted(rows, (low, high)))
         share = 1 / self.ranks.world_size
-        if self.pipeline.config.alpha == "one_query":
+        if chunk.session.config.alpha == "one_query":
             # The next-to-last row of the chunk looks at the candidates only; none of them stands after it.
             query = q[max(local[0], local[1] - 2)][None]
             last = torch.full((1,), len(index) - 1, dtype=torch.int64, device=q.device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Executor:
         self.cos_sin, self.neox = cos_sin, neox
         self.layers = self.model.model.layers
         self.pool = model_runner.token_to_kv_pool
-        self.witness = Witness(pipeline, model_runner)
+        self.witness = Witness(model_runner)
         self._ordinary = self.model.forward
 
     def install(self) -> None:
@@ -91,33 +92,30 @@ class Executor:
     # ---- one batch ----
 
     def _run(self, input_ids, positions, batch: ForwardBatch, chunks: list[Chunk]):
-        strategy, config = self.pipeline.strategy, self.pipeline.config
-        total, depth = input_ids.shape[0], len(self.layers)
-        everything = config.ratio >= 1 and strategy.name != "naive"
-        checks = () if everything else strategy.checks(config, depth)
+        depth = len(self.layers)
+        share_at: dict[int, list[tuple[Chunk, float]]] = defaultdict(list)  # check layer -> who chooses there
+        for chunk in chunks:
+            for check in chunk.checks(depth):
+                share_at[check.layer].append((chunk, check.share))
         started = time.perf_counter()
-        self._copy(batch, chunks, first_layer=checks[0].layer if checks else 0)
+        self._copy(batch, chunks)
         copied = time.perf_counter()
 
-        keep = np.ones(total, bool)  # rows that run
-        if not checks and not everything:
-            for chunk in chunks:
-                keep[chunk.candidates] = False
-                positions_of = torch.from_numpy(chunk.candidates - chunk.row + chunk.start)
-                picked = strategy.upfront(positions_of, chunk.budget(config.ratio)).numpy()
-                keep[picked - chunk.start + chunk.row] = True
-
-        view, rows, layer = self._enter(input_ids, positions, batch, keep)
-        cells = np.zeros(len(chunks), np.int64)
-        for check in checks:
-            with self.witness.scores(check.layer, view, rows, chunks, keep) as scores:
-                self._span(view, layer, check.layer + 1)
-            cells += self._rows_of(chunks, keep) * (check.layer + 1 - layer)
-            layer = check.layer + 1
-            for chunk, score in zip(chunks, scores, strict=True):
+        keep = np.ones(input_ids.shape[0], bool)  # rows that run
+        for chunk in chunks:
+            if not chunk.everything and not chunk.checks(depth):
+                self._choose_upfront(chunk, keep)
+        view, rows = self._enter(input_ids, positions, batch, keep)
+        cells, layer = np.zeros(len(chunks), np.int64), 0
+        for check_layer, choosing in sorted(share_at.items(), key=lambda item: item[0]):
+            with self.witness.scores(check_layer, view, rows, [c for c, _ in choosing], keep) as scores:
+                self._span(view, layer, check_layer + 1)
+            cells += self._rows_of(chunks, keep) * (check_layer + 1 - layer)
+            layer = check_layer + 1
+            for (chunk, share), score in zip(choosing, scores, strict=True):
                 running = chunk.candidates[keep[chunk.candidates]]
                 keep[running] = False
-                keep[running[top_k(score, chunk.budget(check.share)).cpu().numpy()]] = True
+                keep[running[top_k(score, chunk.budget(share)).cpu().numpy()]] = True
             if layer < depth:
                 view, rows = self._narrow(view, rows, keep, batch, input_ids, positions, layer)
         cells += self._rows_of(chunks, keep) * (depth - layer)
@@ -136,10 +134,20 @@ class Executor:
     def _rows_of(chunks: list[Chunk], keep: np.ndarray) -> np.ndarray:
         return np.array([keep[c.row : c.row + len(c.reused)].sum() for c in chunks], np.int64)
 
-    def _copy(self, batch: ForwardBatch, chunks: list[Chunk], first_layer: int) -> None:
-        """Donor KV into the chunks' own slots, keys rotated; layers below the first check are never read."""
-        runs = []
+    @staticmethod
+    def _choose_upfront(chunk: Chunk, keep: np.ndarray) -> None:
+        """The choice of a strategy without check layers."""
+        keep[chunk.candidates] = False
+        positions = torch.from_numpy(chunk.candidates - chunk.row + chunk.start)
+        picked = chunk.session.strategy.upfront(positions, chunk.budget(chunk.session.config.ratio)).numpy()
+        keep[picked - chunk.start + chunk.row] = True
+
+    def _copy(self, batch: ForwardBatch, chunks: list[Chunk]) -> None:
+        """Donor KV into the chunks' own slots, keys rotated; layers below a chunk's first check are never read."""
+        by_first_layer: dict[int, list] = defaultdict(list)
         for chunk in chunks:
+            checks = chunk.checks(len(self.layers))
+            runs = by_first_layer[checks[0].layer if checks else 0]
             session = chunk.session
             parts = self.pipeline.copies(session, chunk.start, chunk.end)
             if parts and session.approximate_from is None:
@@ -148,23 +156,24 @@ class Executor:
                 low = chunk.row + segment.start - chunk.start
                 source = lease.slots[segment.donor_start : segment.donor_end]
                 runs.append((source, batch.out_cache_loc[low : low + segment.length].long(), segment.shift))
-        layers = range(first_layer, len(self.layers))
-        copy_rotate(
-            [self.pool.get_key_buffer(i) for i in layers],
-            [self.pool.get_value_buffer(i) for i in layers],
-            runs,
-            self.cos_sin,
-            neox=self.neox,
-        )
+        for first_layer, runs in by_first_layer.items():
+            layers = range(first_layer, len(self.layers))
+            copy_rotate(
+                [self.pool.get_key_buffer(i) for i in layers],
+                [self.pool.get_value_buffer(i) for i in layers],
+                runs,
+                self.cos_sin,
+                neox=self.neox,
+            )
 
     def _enter(self, input_ids, positions, batch, keep):
-        """The batch as layer 0 shall see it: (view, batch rows or None for all, layer)."""
+        """The batch as layer 0 shall see it, and its rows in the original batch (None for all)."""
         view = copy.copy(batch)
         view.input_ids, view.positions = input_ids, positions
         if keep.all():
-            return view, None, 0
+            return view, None
         rows = np.flatnonzero(keep)
-        return self._select(batch, input_ids, positions, rows), rows, 0
+        return self._select(batch, input_ids, positions, rows), rows
 
     def _span(self, view: ForwardBatch, start: int, end: int):
         return self.model.forward_split_prefill(view.input_ids, view.positions, view, (start, end))

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kvshare_sched.config import KVShareConfig
+from kvshare_sched.errors import ConfigError
 from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
 from kvshare_sched.strategies import get as get_strategy
+from kvshare_sched.strategies.base import Strategy
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
 from radix_ext.donors import DonorLease, DonorTree
 from radix_ext.matcher import find_segments
@@ -35,6 +37,7 @@ class Session:
     rid: str
     prompt_len: int
     exact_len: int
+    config: KVShareConfig  # the server's settings with the request's own wishes
     plan: ReusePlan | None
     reason: Reason
     match_s: float = 0.0
@@ -50,6 +53,10 @@ class Session:
     reported: bool = False
     on_report: Callable[[ShareReport], None] | None = None  # hands the report to the client's answer
 
+    @property
+    def strategy(self) -> Strategy:
+        return get_strategy(self.config.strategy)
+
 
 class Pipeline:
     """Matching, leasing and accounting for one engine."""
@@ -60,7 +67,6 @@ class Pipeline:
         self.costs = costs
         self.metrics = metrics
         self.page_size = page_size
-        self.strategy = get_strategy(config.strategy)
         self.index = SegmentIndex(window=config.window, min_run=config.min_run, capacity=config.index_tokens)
         self.sessions: dict[str, Session] = {}
         self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
@@ -120,7 +126,7 @@ class Pipeline:
         `view` is a Reason when the request cannot take part.
         """
         started = time.perf_counter()
-        plan, outcome, discovered = None, Outcome.ORDINARY, 0
+        config, plan, outcome, discovered = self.config, None, Outcome.ORDINARY, 0
         leases: dict[int, DonorLease] = {}
         if isinstance(view, Reason):
             reason = view
@@ -130,13 +136,18 @@ class Pipeline:
             reason = Reason.SHORT
         else:
             try:
-                planned = build_plan(view, self.match(view), self.strategy, self.config, self.costs)
+                config = config.for_request(view.wishes)
+                strategy = get_strategy(config.strategy)
+                planned = build_plan(view, self.match(view), strategy, config, self.costs)
                 reason = planned if isinstance(planned, Reason) else Reason.NONE
                 if isinstance(planned, ReusePlan) and self.config.mode == "discover":
                     discovered, outcome = planned.reused_len, Outcome.DISCOVERED
                 elif isinstance(planned, ReusePlan):
                     leases = self._lease(planned)
                     plan, outcome = planned, Outcome.REUSED
+            except ConfigError as problem:
+                logger.warning("kvshare: request %s: %s Ordinary prefill.", rid, problem)
+                reason = Reason.BAD_SETTING
             except _DonorLost:
                 reason = Reason.DONOR_LOST
             except Exception:
@@ -144,7 +155,7 @@ class Pipeline:
                 reason = Reason.ERROR
         # A retracted request comes back with output tokens behind its prompt, and those may be cached too.
         exact_len = min(exact_len, prompt_len)
-        session = Session(rid, prompt_len, exact_len, plan, reason, leases=leases, outcome=outcome)
+        session = Session(rid, prompt_len, exact_len, config, plan, reason, leases=leases, outcome=outcome)
         session.discovered = discovered
         session.match_s = time.perf_counter() - started
         return session
@@ -193,7 +204,7 @@ class Pipeline:
         """What running the chunk [start, end) costs, in tokens of ordinary prefill: cells / layers, rounded up."""
         if session.plan is None:
             return end - start
-        rows = rows_per_layer(session.plan, start, end, self.strategy, self.config, self.costs.layers)
+        rows = rows_per_layer(session.plan, start, end, session.strategy, session.config, self.costs.layers)
         return -(-sum(rows) // self.costs.layers)
 
     # ---- during and after the forward pass ----
@@ -232,7 +243,7 @@ class Pipeline:
             reason=session.reason,
             donors=len({s.donor_id for s in session.plan.segments}) if session.plan else 0,
             discovered=session.discovered,
-            strategy=self.strategy.name,
+            strategy=session.config.strategy,
             computed_cells=session.cells
             if session.plan
             else (session.prompt_len - session.exact_len) * self.costs.layers,

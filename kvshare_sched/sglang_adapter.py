@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -44,8 +45,11 @@ def view_of(req) -> RequestView | Reason:
 
 def _view_of(req) -> RequestView | Reason:
     params = req.sampling_params.custom_params or {}
-    if params.get(REPORT_KEY) == "off":
+    wishes = params.get(REPORT_KEY) or {}
+    if wishes == "off":
         return Reason.OPTED_OUT
+    if not isinstance(wishes, Mapping):
+        return Reason.BAD_SETTING
     if req.retracted_stain or len(req.output_ids) > 0:
         return Reason.RETRACTED
     if (
@@ -63,7 +67,7 @@ def _view_of(req) -> RequestView | Reason:
     if req.return_logprob and req.logprob_start_len >= 0:
         # The row before the first wanted token predicts it.
         fresh_from = min(fresh_from, max(req.prefix_len, req.logprob_start_len - 1))
-    return RequestView(req.rid, namespace_of(req), tokens, req.prefix_len, fresh_from)
+    return RequestView(req.rid, namespace_of(req), tokens, req.prefix_len, fresh_from, wishes)
 
 
 def attach_report(req, report) -> None:

@@ -8,7 +8,7 @@ prompt. *Donor* and *target* name the two sides of every copy. Each record check
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
@@ -73,6 +73,7 @@ class RequestView:
     token_ids: np.ndarray  # int64 [prompt_len]
     exact_len: int  # tokens whose KV the exact tree gives
     fresh_from: int  # rows from here on are wanted by the client (logits, log-probabilities): never reused
+    wishes: Mapping[str, object] = field(default_factory=dict)  # settings the request asks for, by name
 
     @property
     def prompt_len(self) -> int:
@@ -152,6 +153,7 @@ class Reason(StrEnum):
     NONE = "none"  # outcome reused or discovered
     MODE_OFF = "mode_off"
     OPTED_OUT = "opted_out"
+    BAD_SETTING = "bad_setting"  # the request asks for a setting that does not exist or may not be set
     SHORT = "short"  # too few tokens outside the exact prefix to be worth a lookup
     NO_MATCH = "no_match"
     NOT_WORTH = "not_worth"  # the cost model predicts no gain

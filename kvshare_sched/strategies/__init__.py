@@ -4,6 +4,12 @@ a line in the test matrix (tests/unit/test_strategies.py), a changelog line.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvshare_sched.strategies.base import Strategy
+
 _NAMES = ("kvshare", "cacheblend", "epic", "naive", "random", "full")
 
 
@@ -12,8 +18,13 @@ def names() -> tuple[str, ...]:
     return _NAMES
 
 
-def get(name: str):
+def get(name: str) -> Strategy:
     """The strategy of that name (see `base.Strategy`)."""
+    return _all()[name]
+
+
+@cache
+def _all() -> dict[str, Strategy]:
     from kvshare_sched.strategies import blend, controls
 
-    return {s.name: s for s in (blend.KVSHARE, blend.CACHEBLEND, *controls.ALL)}[name]
+    return {s.name: s for s in (blend.KVSHARE, blend.CACHEBLEND, *controls.ALL)}

@@ -265,3 +265,11 @@ def test_flushing_forgets_donors(server):
     answer = server.generate(chat(SYSTEMS[1], DOCS[18:15:-1]), new_tokens=1, namespace=namespace)
     assert settled(answer)["reason"] == "no_match"
     assert server.metrics()["kvshare_donors"] == 1
+
+
+def test_a_request_may_bring_its_own_settings(server, tenant):
+    asked = {"strategy": "epic", "ratio": 0.3}
+    report = settled(server.generate(moved("Own?"), new_tokens=2, namespace=tenant, reuse=asked))
+    assert report["strategy"] == "epic" and 0.2 < report["recomputed"] / report["reused"] <= 0.3
+    wrong = settled(server.generate(moved("Own?"), new_tokens=2, namespace=tenant, reuse={"strategy": "epik"}))
+    assert (wrong["outcome"], wrong["reason"]) == ("ordinary", "bad_setting")

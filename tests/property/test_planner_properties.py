@@ -109,8 +109,8 @@ def pipeline_for(config, layers) -> Pipeline:
 @given(plans(), configs, layer_counts, st.data())
 def test_charge_grows_with_the_chunk_and_stays_below_ordinary(plan, config, layers, data):
     pipeline = pipeline_for(config, layers)
-    session = Session("r", plan.prompt_len, plan.exact_len, plan, Reason.NONE)
-    ordinary = Session("o", plan.prompt_len, plan.exact_len, None, Reason.NO_MATCH)
+    session = Session("r", plan.prompt_len, plan.exact_len, config, plan, Reason.NONE)
+    ordinary = Session("o", plan.prompt_len, plan.exact_len, config, None, Reason.NO_MATCH)
     start = data.draw(st.integers(plan.exact_len, plan.prompt_len))
     charges = [pipeline.charge(session, start, end) for end in range(start, plan.prompt_len + 1)]
     assert charges[0] == 0 and charges == sorted(charges)
@@ -121,7 +121,7 @@ def test_charge_grows_with_the_chunk_and_stays_below_ordinary(plan, config, laye
 @given(plans(), configs, layer_counts, st.data())
 def test_chunk_end_is_the_largest_within_the_budget(plan, config, layers, data):
     pipeline = pipeline_for(config, layers)
-    session = Session("r", plan.prompt_len, plan.exact_len, plan, Reason.NONE)
+    session = Session("r", plan.prompt_len, plan.exact_len, config, plan, Reason.NONE)
     start = data.draw(st.integers(plan.exact_len, plan.prompt_len))
     whole = data.draw(st.integers(start, plan.prompt_len))
     budget = data.draw(st.integers(0, plan.prompt_len))

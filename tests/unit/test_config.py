@@ -142,3 +142,18 @@ def test_describe_is_enough_to_set_it_again():
     line = config.describe()
     assert "\n" not in line and len(line.split()) == len(FIELDS)
     assert load(" ".join(f"KVSHARE_{k.upper()}={v}" for k, v in (p.split("=") for p in line.split()))) == config
+
+
+def test_a_request_may_ask_for_its_own_settings():
+    config = load(KVSHARE_WINDOW="8")
+    asked = config.for_request({"strategy": "epic", "ratio": 1})
+    assert (asked.strategy, asked.ratio, asked.window) == ("epic", 1.0, 8) and isinstance(asked.ratio, float)
+    assert config.for_request({}) is config
+
+
+@pytest.mark.parametrize(
+    "wishes", [{"window": 8}, {"mode": "off"}, {"strategy": "epik"}, {"ratio": 1.5}, {"ratio": "0.2"}, {"x": 1}]
+)
+def test_a_wrong_wish_of_a_request_is_refused_by_name(wishes):
+    with pytest.raises(ConfigError, match=next(iter(wishes))):
+        KVShareConfig().for_request(wishes)

@@ -1,5 +1,7 @@
 """The story of one request against a fake tree: match, lease, chunks, report, release."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fakes import FakeTree
@@ -404,3 +406,23 @@ def test_metrics_count_every_request_once_and_gauges_return_to_zero():
     assert value("requests_total", outcome="ordinary", reason="no_match") == 1
     tokens = [value("prompt_tokens_total", origin=o) for o in ("exact", "reused", "fresh")]
     assert tokens == [0, 200, 245]
+
+
+# ---- a request's own settings ----
+
+
+def test_a_request_chooses_its_strategy_and_ratio(world):
+    view = replace(world.view(), wishes={"strategy": "epic", "ratio": 0.3})
+    session = world.pipeline.admit(view, "r", view.prompt_len, 0)
+    assert session.outcome is Outcome.REUSED and world.pipeline.report_of(session).strategy == "epic"
+    dearer = world.pipeline.charge(session, 0, view.prompt_len)
+    world.pipeline.withdraw(session)
+    session = world.admit()
+    assert session.config is world.pipeline.config and dearer > 0.25 * 200
+    world.pipeline.withdraw(session)
+
+
+def test_a_wrong_wish_means_ordinary_prefill(world):
+    view = replace(world.view(), wishes={"strategy": "epik"})
+    session = world.pipeline.admit(view, "r", view.prompt_len, 0)
+    assert (session.plan, session.outcome, session.reason) == (None, Outcome.ORDINARY, Reason.BAD_SETTING)

@@ -34,6 +34,20 @@ class Chunk:
     forced: np.ndarray  # bool [end - start], reused rows that are recomputed in any case
 
     @property
+    def fresh(self) -> np.ndarray:
+        """Batch rows without a donor, int64 ascending."""
+        return np.flatnonzero(~self.reused) + self.row
+
+    @property
+    def looks(self) -> bool:
+        """A first pass of the fresh rows shows who is looked at; it must not cost more than it can save."""
+        strategy, fresh = self.session.strategy, len(self.fresh)
+        if strategy.first_pass is None or self.everything or not fresh:
+            return False
+        chosen = int(self.forced.sum()) + self.budget(self.session.config.ratio)
+        return 2 * fresh + chosen <= len(self.reused)
+
+    @property
     def everything(self) -> bool:
         """Every row is to be recomputed: the reference, and what a ratio of 1 means."""
         return self.session.config.ratio >= 1 and self.session.config.strategy != "naive"
@@ -127,6 +141,40 @@ class Witness:
         mine = slice(*local)
         mass = attention_column_mass(q[mine], torch.cat((prefix, k[mine])), view.positions[mine].long(), module.scaling)
         return mass[chunk.start + index - local[0]] * share
+
+    @contextlib.contextmanager
+    def looks(self, layers: range, view, chunks: list[Chunk]) -> Iterator[list[torch.Tensor]]:
+        """While the fresh rows pass through `layers` inside the block, each chunk's tensor fills with the attention
+        that its positions [0, end) receive from them: mean over heads, sum over rows and layers, float32 [end].
+
+        view: the batch of the chunks' fresh rows, in the chunks' order.
+        """
+        mass = [torch.zeros(c.end, dtype=torch.float32, device=view.positions.device) for c in chunks]
+        edges = np.cumsum([0, *(len(c.fresh) for c in chunks)]).tolist()
+        sequences = np.searchsorted(np.cumsum(view.extend_seq_lens_cpu), edges[:-1], side="right")
+        slots = [
+            self.req_to_token[view.req_pool_indices[int(s)], : c.end].long()
+            for s, c in zip(sequences, chunks, strict=True)
+        ]
+
+        def look(module, args, _):
+            # The layer has run: the pool holds the keys of the fresh rows, too.
+            q = args[0].view(-1, module.tp_q_head_num, module.qk_head_dim)
+            keys = self.pool.get_key_buffer(module.layer_id)
+            for i in range(len(chunks)):
+                rows = slice(edges[i], edges[i + 1])
+                positions = view.positions[rows].long()
+                k = keys[slots[i]].to(q.dtype)
+                mass[i][: len(k)] += attention_column_mass(q[rows], k, positions, module.scaling)
+
+        hooks = [self.attention[layer].register_forward_hook(look) for layer in layers]
+        try:
+            yield mass
+            for i, found in enumerate(mass):
+                mass[i] = self._over_ranks(found) / self.ranks.world_size
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         """Scores are summed over the tensor-parallel ranks before anybody chooses, so all choose alike."""

@@ -21,11 +21,15 @@ import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
-from kvshare_kernels import copy_rotate, top_k
+from kvshare_kernels import copy_mean, copy_rotate, top_k
 from kvshare_sched.evidence import Chunk, Witness
 from kvshare_sched.pipeline import Pipeline
+from kvshare_sched.strategies.base import Evidence
+from kvshare_sched.types import Segment
 
 logger = logging.getLogger(__name__)
+_LONE = 0.3  # spread taken for a text with one donor
+_LIKENESS = 0.1
 
 
 class Executor:
@@ -98,13 +102,16 @@ class Executor:
             for check in chunk.checks(depth):
                 share_at[check.layer].append((chunk, check.share))
         started = time.perf_counter()
-        self._copy(batch, chunks)
+        spread = self._copy(batch, chunks)
         copied = time.perf_counter()
 
         keep = np.ones(input_ids.shape[0], bool)  # rows that run
+        looked = self._first_pass(input_ids, positions, batch, chunks)
         for chunk in chunks:
-            if not chunk.everything and not chunk.checks(depth):
+            if chunk.session.strategy.upfront is not None and not chunk.everything:
                 self._choose_upfront(chunk, keep)
+            elif chunk.session.strategy.first_pass is not None and not chunk.everything:
+                self._choose_by_consensus(chunk, keep, looked.get(chunk.row), spread[chunk.row])
         view, rows = self._enter(input_ids, positions, batch, keep)
         cells, layer = np.zeros(len(chunks), np.int64), 0
         for check_layer, choosing in sorted(share_at.items(), key=lambda item: item[0]):
@@ -125,7 +132,8 @@ class Executor:
         for chunk, n in zip(chunks, cells.tolist(), strict=True):
             session = chunk.session
             session.recomputed += int((keep[chunk.row : chunk.row + len(chunk.reused)] & chunk.reused).sum())
-            session.cells += n
+            looking = len(chunk.fresh) * chunk.session.strategy.first_pass(depth).stop if chunk.looks else 0
+            session.cells += n + looking
             session.copy_s += (copied - started) / len(chunks)
             session.recompute_s += spent / len(chunks)
         return output
@@ -142,9 +150,38 @@ class Executor:
         picked = chunk.session.strategy.upfront(positions, chunk.budget(chunk.session.config.ratio)).numpy()
         keep[picked - chunk.start + chunk.row] = True
 
-    def _copy(self, batch: ForwardBatch, chunks: list[Chunk]) -> None:
-        """Donor KV into the chunks' own slots, keys rotated; layers below a chunk's first check are never read."""
+    def _first_pass(self, input_ids, positions, batch: ForwardBatch, chunks: list[Chunk]) -> dict[int, torch.Tensor]:
+        """Attention each position receives from the fresh rows, by the chunk's first row; see `Witness.looks`.
+
+        The fresh rows' KV is written on the way, and again in the pass that counts.
+        """
+        looking = [c for c in chunks if c.looks]
+        if not looking:
+            return {}
+        layers = looking[0].session.strategy.first_pass(len(self.layers))
+        rows = np.concatenate([c.fresh for c in looking])
+        view = self._select(batch, input_ids, positions, rows)
+        with self.witness.looks(layers, view, looking) as mass:
+            self._span(view, 0, layers.stop)
+        return {c.row: m for c, m in zip(looking, mass, strict=True)}
+
+    def _choose_by_consensus(self, chunk: Chunk, keep: np.ndarray, looked, spread: torch.Tensor) -> None:
+        """The choice of a strategy that knows its donors' spread and, if there was a first pass, who is looked at."""
+        candidates = chunk.candidates
+        at = torch.from_numpy(candidates - chunk.row)
+        alpha = torch.ones(len(at)) if looked is None else looked[at + chunk.start].cpu()
+        evidence = Evidence(at + chunk.start, alpha=alpha, spread=spread[at.to(spread.device)].cpu())
+        score = chunk.session.strategy.score(evidence)
+        keep[candidates] = False
+        keep[candidates[top_k(score, chunk.budget(chunk.session.config.ratio)).numpy()]] = True
+
+    def _copy(self, batch: ForwardBatch, chunks: list[Chunk]) -> dict[int, torch.Tensor]:
+        """Donor KV into the chunks' own slots, keys rotated; layers below a chunk's first check are never read.
+
+        Returns how far the donors are apart, float32 [rows of the chunk], by the chunk's first row.
+        """
         by_first_layer: dict[int, list] = defaultdict(list)
+        spread = {}
         for chunk in chunks:
             checks = chunk.checks(len(self.layers))
             runs = by_first_layer[checks[0].layer if checks else 0]
@@ -152,10 +189,15 @@ class Executor:
             parts = self.pipeline.copies(session, chunk.start, chunk.end)
             if parts and session.approximate_from is None:
                 session.approximate_from = session.plan.approximate_from
+            spread[chunk.row] = torch.zeros(len(chunk.reused), device=batch.out_cache_loc.device)
             for segment, lease in parts:
-                low = chunk.row + segment.start - chunk.start
-                source = lease.slots[segment.donor_start : segment.donor_end]
-                runs.append((source, batch.out_cache_loc[low : low + segment.length].long(), segment.shift))
+                low = segment.start - chunk.start
+                target = batch.out_cache_loc[chunk.row + low : chunk.row + low + segment.length].long()
+                if segment.others:
+                    spread[chunk.row][low : low + segment.length] = self._copy_mean(session, segment, target)
+                else:
+                    runs.append((lease.slots[segment.donor_start : segment.donor_end], target, segment.shift))
+                    spread[chunk.row][low : low + segment.length] = _LONE * segment.foreign
         for first_layer, runs in by_first_layer.items():
             layers = range(first_layer, len(self.layers))
             copy_rotate(
@@ -165,6 +207,29 @@ class Executor:
                 self.cos_sin,
                 neox=self.neox,
             )
+        return spread
+
+    def _copy_mean(self, session, segment: Segment, target: torch.Tensor) -> torch.Tensor:
+        """The mean of a segment's donors into `target`; float32 [length], how far they are apart."""
+        depth = len(self.layers)
+        weights = np.zeros((len(segment.places), segment.length), np.float32)
+        for row, place in zip(weights, segment.places, strict=True):
+            row[place.start - segment.start : place.end - segment.start] = 1 / (_LIKENESS + place.foreign)
+        weights = torch.from_numpy(weights / weights.sum(axis=0)).to(target.device)
+        parts = []
+        for weight, place in zip(weights, segment.places, strict=True):
+            low = place.start - segment.start
+            source = session.leases[place.donor_id].slots[place.donor_start : place.donor_end]
+            parts.append((source, low, place.shift, weight[low : low + place.length]))
+        return copy_mean(
+            [self.pool.get_key_buffer(i) for i in range(depth)],
+            [self.pool.get_value_buffer(i) for i in range(depth)],
+            target,
+            parts,
+            self.cos_sin,
+            neox=self.neox,
+            measured=session.strategy.first_pass(depth),
+        )
 
     def _enter(self, input_ids, positions, batch, keep):
         """The batch as layer 0 shall see it, and its rows in the original batch (None for all)."""

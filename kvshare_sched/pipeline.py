@@ -74,8 +74,8 @@ class Pipeline:
 
     # ---- peek: no side effects on tree or pool ----
 
-    def match(self, view: RequestView) -> tuple[Segment, ...]:
-        """Segments other requests could lend, all live in the tree right now.
+    def match(self, view: RequestView, donors: int = 1) -> tuple[Segment, ...]:
+        """Segments other requests could lend, all live in the tree right now; up to `donors` donors of each text.
 
         Memoised per request and index generation. Donors the tree has evicted meanwhile are shortened or
         dropped from the index on the way: that only corrects the index.
@@ -83,12 +83,12 @@ class Pipeline:
         text = hash(view.token_ids.tobytes())
         for _ in range(_MAX_REMATCH):
             # A request id may come back with another prompt, so the prompt is part of the key.
-            key = (self.index.generation, view.exact_len, view.fresh_from, view.namespace, text)
+            key = (self.index.generation, view.exact_len, view.fresh_from, view.namespace, text, donors)
             remembered = self._memo.get(view.rid)
             if remembered is not None and remembered[0] == key:
                 segments = remembered[1]
             else:
-                segments = self._look_up(view)
+                segments = self._look_up(view, donors)
                 self._memo[view.rid] = (key, segments)
                 while len(self._memo) > _MEMO_SIZE:
                     self._memo.popitem(last=False)
@@ -96,7 +96,7 @@ class Pipeline:
                 return segments
         return ()
 
-    def _look_up(self, view: RequestView) -> tuple[Segment, ...]:
+    def _look_up(self, view: RequestView, donors: int) -> tuple[Segment, ...]:
         # The last token is always computed; a request never borrows from itself (it is no donor while waiting).
         hits = self.index.hits(view.namespace, view.token_ids, view.exact_len)
         return find_segments(
@@ -106,6 +106,7 @@ class Pipeline:
             start=view.exact_len,
             end=min(view.fresh_from, view.prompt_len - 1),
             min_run=self.config.min_run,
+            donors=donors,
         )
 
     def _all_live(self, segments: tuple[Segment, ...]) -> bool:
@@ -138,7 +139,7 @@ class Pipeline:
             try:
                 config = config.for_request(view.wishes)
                 strategy = get_strategy(config.strategy)
-                planned = build_plan(view, self.match(view), strategy, config, self.costs)
+                planned = build_plan(view, self.match(view, strategy.donors), strategy, config, self.costs)
                 reason = planned if isinstance(planned, Reason) else Reason.NONE
                 if isinstance(planned, ReusePlan) and self.config.mode == "discover":
                     discovered, outcome = planned.reused_len, Outcome.DISCOVERED
@@ -241,7 +242,7 @@ class Pipeline:
             fresh=session.prompt_len - session.exact_len - reused,
             outcome=session.outcome,
             reason=session.reason,
-            donors=len({s.donor_id for s in session.plan.segments}) if session.plan else 0,
+            donors=len(_needed(session.plan.segments)) if session.plan else 0,
             discovered=session.discovered,
             strategy=session.config.strategy,
             computed_cells=session.cells
@@ -326,6 +327,6 @@ class _DonorLost(Exception):
 def _needed(segments: tuple[Segment, ...]) -> dict[int, int]:
     """Donor id -> tokens of it that must be live, ascending ids."""
     needed: dict[int, int] = {}
-    for segment in segments:
+    for segment in (place for s in segments for place in s.places):
         needed[segment.donor_id] = max(needed.get(segment.donor_id, 0), segment.donor_end)
     return dict(sorted(needed.items()))

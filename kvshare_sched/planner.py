@@ -68,8 +68,9 @@ def rows_per_layer(
     if not checks:
         share = {"full": 1.0, "naive": 0.0}.get(strategy.name, config.ratio)
         current = fresh + max(forced, math.ceil(share * reused))
+    looking = strategy.first_pass(layers).stop if strategy.first_pass and reused else 0  # fresh rows run twice
     for layer in range(layers):
-        per_layer.append(current)
+        per_layer.append(min(rows, current + (fresh if layer < looking else 0)))
         while checks and checks[0].layer == layer:
             current = fresh + max(forced, math.ceil(checks.pop(0).share * reused))
     return per_layer

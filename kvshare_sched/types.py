@@ -9,7 +9,7 @@ prompt. *Donor* and *target* name the two sides of every copy. Each record check
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -38,10 +38,14 @@ class Segment:
     donor_start: int
     start: int
     length: int
+    context: int = 0  # tokens before `start` that prompt and donor have in common, short gaps included
+    others: tuple[Segment, ...] = ()  # other donors of parts of this run, inside it, without others of their own
 
     def __post_init__(self):
         if self.length <= 0 or self.start < 0 or self.donor_start < 0:
             raise PlanError(f"{self} must have length > 0 and starts >= 0")
+        if any(o.start < self.start or o.end > self.end or o.others for o in self.others):
+            raise PlanError(f"{self}: other donors must lie inside the run")
 
     @property
     def end(self) -> int:
@@ -61,7 +65,21 @@ class Segment:
         low, high = max(start, self.start), min(end, self.end)
         if low >= high:
             return None
-        return replace(self, donor_start=self.donor_start + low - self.start, start=low, length=high - low)
+        skipped = low - self.start
+        others = (part for o in self.others if (part := o.clip(low, high)) is not None)
+        return Segment(
+            self.donor_id, self.donor_start + skipped, low, high - low, self.context + skipped, tuple(others)
+        )
+
+    @property
+    def foreign(self) -> float:
+        """Share of the prompt's text before this run that the donor did not see before it, 0 to 1."""
+        return max(0.0, 1 - self.context / self.start) if self.start else 0.0
+
+    @property
+    def places(self) -> tuple[Segment, ...]:
+        """The run itself and its other donors."""
+        return (self, *self.others)
 
 
 @dataclass(frozen=True, slots=True)

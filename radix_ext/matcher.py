@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,8 +29,11 @@ def find_segments(
     start: int,
     end: int,
     min_run: int,
+    donors: int = 1,
 ) -> tuple[Segment, ...]:
     """Disjoint ascending segments inside tokens[start:end], each at least `min_run` long.
+
+    With `donors` > 1 a segment names up to that many donors of its text, the best left context first.
 
     tokens int [prompt_len]; hits as given by `SegmentIndex.hits`; donor_tokens(id) the donor's ids. Every
     segment's ids are equal to its donor's: hashes only nominate. Deterministic for equal inputs.
@@ -48,8 +52,26 @@ def find_segments(
         for a, b in zip((edges[::2] + low).tolist(), (edges[1::2] + low).tolist(), strict=True):
             if b - a >= min_run:
                 taken[a - start : b - start] = True
-                segments.append(run.clip(a, b))
-    return tuple(sorted(segments, key=lambda s: s.start))
+                segments.append((run, replace(run, context=context[run]).clip(a, b)))
+    chosen = (
+        replace(s, others=_others(run, s, order, context, min_run, donors - 1)) if donors > 1 else s
+        for run, s in segments
+    )
+    return tuple(sorted(chosen, key=lambda s: s.start))
+
+
+def _others(chosen: Segment, segment: Segment, order, context, min_run: int, count: int) -> tuple[Segment, ...]:
+    """Up to `count` other donors of a segment's text, each for at least `min_run` of its tokens."""
+    found: dict[int, Segment] = {}
+    for run in order:
+        if len(found) == count:
+            break
+        if run.donor_id == chosen.donor_id or run.donor_id in found:
+            continue
+        part = replace(run, context=context[run]).clip(segment.start, segment.end)
+        if part is not None and part.length >= min_run:
+            found[run.donor_id] = part
+    return tuple(found.values())
 
 
 def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:

@@ -63,6 +63,31 @@ def copy_rotate(k_buffers, v_buffers, source, target, shift, cos_sin, *, neox):
         values[target] = values[source]
 
 
+def copy_mean(k_buffers, v_buffers, target, parts, cos_sin, *, neox, measured=()):
+    """Weighted mean of several donors' KV into `target`; see `kv_copy.copy_mean` for the arguments.
+
+    Returns the spread float32 [n]: sum over the measured layers of sum_i w_i |k_i - mean|^2 / mean_p sum_i w_i |k_i|^2.
+    """
+    spread = torch.zeros(len(target))
+    for layer, (keys, values) in enumerate(zip(k_buffers, v_buffers, strict=True)):
+        moved = []  # per donor: weights [n], keys and values [n, G, D], zero where it has no part
+        for source, first, shift, weight in parts:
+            at = slice(first, first + len(source))
+            w = torch.zeros(len(target))
+            k, v = (torch.zeros(len(target), *keys.shape[1:]) for _ in range(2))
+            w[at] = weight
+            k[at] = rotate(keys[source], torch.full((len(source),), shift), cos_sin, neox=neox).float()
+            v[at] = values[source].float()
+            moved.append((w, k, v))
+        mean_k, mean_v = (sum(m[0][:, None, None] * m[i] for m in moved) for i in (1, 2))
+        if layer in measured:
+            away = sum(w * (k - mean_k).square().sum(dim=(1, 2)) for w, k, _ in moved)
+            size = sum(w * k.square().sum(dim=(1, 2)) for w, k, _ in moved).mean()
+            spread += away / size
+        keys[target], values[target] = mean_k.to(keys.dtype), mean_v.to(values.dtype)
+    return spread
+
+
 def token_deviation(fresh, cached):
     """Per-token difference of two [n, G, D] tensors: (L1 norm, squared L2 norm), each float32 [n]."""
     difference = (fresh.float() - cached.float()).flatten(1)

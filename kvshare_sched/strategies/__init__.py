@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvshare_sched.strategies.base import Strategy
 
-_NAMES = ("kvshare", "cacheblend", "epic", "naive", "random", "full")
+_NAMES = ("consensus", "kvshare", "cacheblend", "epic", "naive", "random", "full")
 
 
 def names() -> tuple[str, ...]:
@@ -25,6 +25,6 @@ def get(name: str) -> Strategy:
 
 @cache
 def _all() -> dict[str, Strategy]:
-    from kvshare_sched.strategies import blend, controls
+    from kvshare_sched.strategies import blend, consensus, controls
 
-    return {s.name: s for s in (blend.KVSHARE, blend.CACHEBLEND, *controls.ALL)}
+    return {s.name: s for s in (consensus.CONSENSUS, blend.KVSHARE, blend.CACHEBLEND, *controls.ALL)}

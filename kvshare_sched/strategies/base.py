@@ -27,6 +27,8 @@ class Evidence:
     v_squared: torch.Tensor | None = None
     v_absolute: torch.Tensor | None = None  # L1 norm of the value deviation
     alpha: torch.Tensor | None = None  # attention received, mean over heads
+    spread: torch.Tensor | None = None  # how far the donors' keys are apart, relative; 0 with one donor
+    foreign: torch.Tensor | None = None  # share of the donor's left context that the prompt does not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,9 @@ class Strategy:
     upfront: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     forced_head: Callable[[KVShareConfig], int] = lambda config: config.forced_head
     needs_alpha: bool = False
+    donors: int = 1  # donors of one text whose mean stands in
+    # number of layers -> those where a first pass of the fresh rows shows who is looked at; None: no such pass
+    first_pass: Callable[[int], range] | None = None
 
 
 def no_checks(config: KVShareConfig, layers: int) -> tuple[Check, ...]:

@@ -10,6 +10,7 @@ from kvshare_sched.strategies.base import Evidence
 
 CHECKING = ("kvshare", "cacheblend")
 UPFRONT = ("epic", "naive", "random", "full")
+LOOKING = ("consensus",)  # choose by what is known of the donors and a first pass of the fresh rows
 RUNS = torch.cat([torch.arange(10, 60), torch.arange(100, 130), torch.arange(130, 150) + 50])
 
 
@@ -23,7 +24,7 @@ def evidence(n=5, **changes) -> Evidence:
 
 
 def test_every_name_is_one_strategy_and_in_this_matrix():
-    assert sorted(names()) == sorted((*CHECKING, *UPFRONT))
+    assert sorted(names()) == sorted((*CHECKING, *UPFRONT, *LOOKING))
     assert [get(name).name for name in names()] == list(names())
     with pytest.raises(ConfigError):
         config(strategy="none of them")
@@ -32,8 +33,9 @@ def test_every_name_is_one_strategy_and_in_this_matrix():
 @pytest.mark.parametrize("name", names())
 def test_a_strategy_chooses_in_one_way_and_says_where_it_is_from(name):
     strategy = get(name)
-    chooses_late = bool(strategy.checks(config(), 30))
-    assert chooses_late == (strategy.score is not None) == (strategy.upfront is None) == (name in CHECKING)
+    assert bool(strategy.checks(config(), 30)) == (name in CHECKING)
+    assert (strategy.score is None) == (strategy.upfront is not None) == (name in UPFRONT)
+    assert (strategy.first_pass is not None) == (name in LOOKING)
     assert strategy.source and strategy.needs_alpha == (name == "kvshare")
 
 

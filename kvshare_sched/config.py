@@ -16,6 +16,12 @@ from kvshare_sched.errors import ConfigError
 
 MODES = ("off", "discover", "on")
 ALPHA_MODES = ("colsum", "one_query")
+# What a preset sets; any of it may still be set by name. The frontier they stand on: benchmarks/README.md.
+PRESETS: dict[str, dict[str, object]] = {
+    "quality": {"strategy": "consensus", "ratio": 0.30},
+    "balanced": {"strategy": "consensus", "ratio": 0.15},
+    "speed": {"strategy": "consensus", "ratio": 0.08},
+}
 _NOT_SETTINGS = {"KVSHARE_CONFIG", "KVSHARE_CACHE"}  # read elsewhere
 
 
@@ -28,9 +34,10 @@ def _setting(default, unit: str, reason: str, *, choices=None, low=None, high=No
 class KVShareConfig:
     """Every setting, with its unit, its range and the reason for its default."""
 
+    preset: str = _setting("balanced", "", "sets strategy and ratio together", choices=tuple(PRESETS), request=True)
     mode: str = _setting("on", "", "discover looks up and reports without using", choices=MODES)
-    strategy: str = _setting("kvshare", "", "which reused tokens are recomputed", request=True)
-    ratio: float = _setting(0.10, "share of reused tokens", "recompute budget", low=0.0, high=1.0, request=True)
+    strategy: str = _setting("consensus", "", "which reused tokens are recomputed", request=True)
+    ratio: float = _setting(0.15, "share of reused tokens", "recompute budget", low=0.0, high=1.0, request=True)
     check_layer: int = _setting(1, "layer, 0-based", "all rows run up to this layer; layer 0 shows no deviation", low=1)
     alpha: str = _setting("one_query", "", "attention weights of the kvshare score", choices=ALPHA_MODES)
     window: int = _setting(16, "tokens", "length of the hashed windows", low=2, high=256)
@@ -79,7 +86,7 @@ class KVShareConfig:
             name = variable.removeprefix("KVSHARE_").lower()
             _known(name, types, variable)
             values[name] = _convert(text, types[name], variable)
-        return cls(**values)
+        return cls(**PRESETS.get(values.get("preset"), {}) | values)
 
     def for_request(self, wishes: Mapping[str, object]) -> KVShareConfig:
         """These settings with what one request asks for; raises ConfigError for what a request may not set."""
@@ -88,7 +95,8 @@ class KVShareConfig:
         types = {f.name: type(f.default) for f in fields(self) if f.metadata["request"]}
         for name in wishes:
             _known(name, types, f"request setting {name}")
-        return replace(self, **{k: _typed(v, types[k], f"request setting {k}") for k, v in wishes.items()})
+        values = {k: _typed(v, types[k], f"request setting {k}") for k, v in wishes.items()}
+        return replace(self, **PRESETS.get(values.get("preset"), {}) | values)
 
     def describe(self) -> str:
         """One line with every value, enough to set the same configuration again."""

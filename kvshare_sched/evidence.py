@@ -19,6 +19,7 @@ from kvshare_sched.pipeline import Session
 from kvshare_sched.strategies.base import Check, Evidence
 
 # Deviation below this share of the value's own norm is arithmetic noise: such a token is not worth a row.
+_VOICES = 16  # last fresh rows whose attention counts; measured, all of them were no better
 _NOISE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
@@ -63,8 +64,9 @@ class Chunk:
 
     def budget(self, share: float) -> int:
         """How many of the candidates a share of the reused rows buys beside the forced ones."""
-        reused = int(self.reused.sum())
-        return max(0, math.ceil(share * reused) - int(self.forced.sum()))
+        by_doubt = self.session.strategy.by_doubt and share < 1
+        rows = self.session.plan.doubtful_len(self.start, self.end) if by_doubt else int(self.reused.sum())
+        return max(0, math.ceil(share * rows) - int(self.forced.sum()))
 
 
 class Witness:
@@ -145,7 +147,8 @@ class Witness:
     @contextlib.contextmanager
     def looks(self, layers: range, view, chunks: list[Chunk]) -> Iterator[list[torch.Tensor]]:
         """While the fresh rows pass through `layers` inside the block, each chunk's tensor fills with the attention
-        that its positions [0, end) receive from them: mean over heads, sum over rows and layers, float32 [end].
+        that its positions [0, end) receive from the last of them: mean over heads, sum over rows and layers,
+        float32 [end]. The last rows are the question and the turn to answer.
 
         view: the batch of the chunks' fresh rows, in the chunks' order.
         """
@@ -162,7 +165,7 @@ class Witness:
             q = args[0].view(-1, module.tp_q_head_num, module.qk_head_dim)
             keys = self.pool.get_key_buffer(module.layer_id)
             for i in range(len(chunks)):
-                rows = slice(edges[i], edges[i + 1])
+                rows = slice(max(edges[i], edges[i + 1] - _VOICES), edges[i + 1])
                 positions = view.positions[rows].long()
                 k = keys[slots[i]].to(q.dtype)
                 mass[i][: len(k)] += attention_column_mass(q[rows], k, positions, module.scaling)

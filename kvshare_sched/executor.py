@@ -28,8 +28,10 @@ from kvshare_sched.strategies.base import Evidence
 from kvshare_sched.types import Segment
 
 logger = logging.getLogger(__name__)
-_LONE = 0.3  # spread taken for a text with one donor
-_LIKENESS = 0.1
+# Spread taken for a text with one donor in a foreign context, some twice the usual one of several donors: one
+# donor is further from the truth than the mean of four.
+_LONE_SPREAD = 0.03
+_OWN_NOISE = 0.1  # a donor with the very same left context weighs 1 / this against 1 / (1 + this) for a foreign one
 
 
 class Executor:
@@ -197,7 +199,7 @@ class Executor:
                     spread[chunk.row][low : low + segment.length] = self._copy_mean(session, segment, target)
                 else:
                     runs.append((lease.slots[segment.donor_start : segment.donor_end], target, segment.shift))
-                    spread[chunk.row][low : low + segment.length] = _LONE * segment.foreign
+                    spread[chunk.row][low : low + segment.length] = _LONE_SPREAD * segment.foreign
         for first_layer, runs in by_first_layer.items():
             layers = range(first_layer, len(self.layers))
             copy_rotate(
@@ -214,7 +216,7 @@ class Executor:
         depth = len(self.layers)
         weights = np.zeros((len(segment.places), segment.length), np.float32)
         for row, place in zip(weights, segment.places, strict=True):
-            row[place.start - segment.start : place.end - segment.start] = 1 / (_LIKENESS + place.foreign)
+            row[place.start - segment.start : place.end - segment.start] = 1 / (_OWN_NOISE + place.foreign)
         weights = torch.from_numpy(weights / weights.sum(axis=0)).to(target.device)
         parts = []
         for weight, place in zip(weights, segment.places, strict=True):

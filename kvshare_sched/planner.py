@@ -26,7 +26,7 @@ class CostModel:
     def saving_s(self, plan: ReusePlan, cells: int) -> float:
         """Seconds a plan that computes `cells` cells is expected to save; negative when it costs."""
         ordinary = (plan.prompt_len - plan.exact_len) * self.layers
-        return (ordinary - cells) * self.cell_s - plan.reused_len * self.copy_s - self.overhead_s
+        return (ordinary - cells) * self.cell_s - plan.copied_len * self.copy_s - self.overhead_s
 
 
 def build_plan(
@@ -67,7 +67,8 @@ def rows_per_layer(
     per_layer, current, checks = [], rows, list(strategy.checks(config, layers))
     if not checks:
         share = {"full": 1.0, "naive": 0.0}.get(strategy.name, config.ratio)
-        current = fresh + max(forced, math.ceil(share * reused))
+        chosen = plan.doubtful_len(start, end) if strategy.by_doubt and share < 1 else reused
+        current = fresh + max(forced, math.ceil(share * chosen))
     looking = strategy.first_pass(layers).stop if strategy.first_pass and reused else 0  # fresh rows run twice
     for layer in range(layers):
         per_layer.append(min(rows, current + (fresh if layer < looking else 0)))

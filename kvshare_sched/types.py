@@ -132,6 +132,19 @@ class ReusePlan:
         return self.prompt_len - self.exact_len - self.reused_len
 
     @property
+    def copied_len(self) -> int:
+        """Tokens read from donors; more than reused where several donors stand in together."""
+        return sum(place.length for s in self.segments for place in s.places)
+
+    def doubtful_len(self, start: int, end: int) -> float:
+        """Reused tokens inside [start, end), each counted by how much of its left context is foreign.
+
+        The root, because a little foreign text does more harm than its share: with a sixteenth of the context
+        foreign, a quarter of the tokens count.
+        """
+        return sum(part.length * part.foreign**0.5 for part in self.clip(start, end))
+
+    @property
     def approximate_from(self) -> int:
         """First position whose KV depends on another context; everything before it is exact KV."""
         return self.segments[0].start if self.segments else self.prompt_len

@@ -28,7 +28,6 @@ class Evidence:
     v_absolute: torch.Tensor | None = None  # L1 norm of the value deviation
     alpha: torch.Tensor | None = None  # attention received, mean over heads
     spread: torch.Tensor | None = None  # how far the donors' keys are apart, relative; 0 with one donor
-    foreign: torch.Tensor | None = None  # share of the donor's left context that the prompt does not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,7 @@ class Strategy:
     donors: int = 1  # donors of one text whose mean stands in
     # number of layers -> those where a first pass of the fresh rows shows who is looked at; None: no such pass
     first_pass: Callable[[int], range] | None = None
+    by_doubt: bool = False  # the budget is a share of the tokens whose left context is foreign, not of all reused ones
 
 
 def no_checks(config: KVShareConfig, layers: int) -> tuple[Check, ...]:

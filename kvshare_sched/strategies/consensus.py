@@ -28,4 +28,5 @@ CONSENSUS = Strategy(
     score=_looked_at_and_uncertain,
     donors=4,
     first_pass=late_layers,
+    by_doubt=True,
 )

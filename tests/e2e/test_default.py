@@ -273,3 +273,29 @@ def test_a_request_may_bring_its_own_settings(server, tenant):
     assert report["strategy"] == "epic" and 0.2 < report["recomputed"] / report["reused"] <= 0.3
     wrong = settled(server.generate(moved("Own?"), new_tokens=2, namespace=tenant, reuse={"strategy": "epik"}))
     assert (wrong["outcome"], wrong["reason"]) == ("ordinary", "bad_setting")
+
+
+def test_every_strategy_serves_and_all_share_one_batch(server, tenant):
+    """Each alone, then all at once: what a request answers does not depend on the strategies beside it."""
+    wishes = [{"strategy": s} for s in ("consensus", "kvshare", "cacheblend", "epic", "random", "naive", "full")]
+
+    def ask(wish):
+        return server.generate(moved("Together?"), new_tokens=6, namespace=tenant, reuse=wish)
+
+    alone = [ask(wish) for wish in wishes]
+    for wish, answer in zip(wishes, alone, strict=True):
+        report = settled(answer)
+        assert (report["outcome"], report["strategy"]) == ("reused", wish["strategy"])
+        assert 0 < report["computed_cells"] <= (report["reused"] + report["fresh"]) * report["layers"]
+    assert settled(alone[-1])["recomputed"] == alone[-1].report["reused"]
+    with ThreadPoolExecutor(len(wishes)) as pool:
+        together = list(pool.map(ask, wishes))
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert [a.report["recomputed"] for a in together] == [a.report["recomputed"] for a in alone]
+
+
+def test_several_donors_of_a_text_stand_in_together(server, tenant):
+    server.generate(chat(SYSTEMS[2], [DOCS[i] for i in (5, 1, 3)]), new_tokens=1, namespace=tenant)
+    one = settled(server.generate(moved("Donors?"), new_tokens=1, namespace=tenant, reuse={"strategy": "kvshare"}))
+    all_ = settled(server.generate(moved("Donors?"), new_tokens=1, namespace=tenant))
+    assert all_["donors"] == 2 >= one["donors"] and all_["reused"] == one["reused"]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import pytest
 from harness import SYSTEMS, chat, sections, settled
 
 ARGUMENTS = ["--disable-overlap-schedule"]
@@ -12,20 +13,22 @@ ENVIRONMENT = {"SGLANG_RADIX_FORCE_MISS": "1"}
 DOCS = sections()
 
 
-def test_no_deviation_no_recompute_same_answer(server):
-    namespace = server.namespace()
+@pytest.mark.parametrize("strategy", ["consensus", "kvshare", "cacheblend"])
+def test_no_deviation_no_recompute_same_answer(server, strategy):
+    wish = {"strategy": strategy}
+    namespace, cold = server.namespace(), server.namespace()
     prompt = server.tokenize(chat(SYSTEMS[0], DOCS[:4]))
     full = server.generate(prompt, new_tokens=24, namespace=namespace)
     assert settled(full)["outcome"] == "ordinary"
-    warm = server.generate(prompt, new_tokens=24, namespace=namespace)
+    warm = server.generate(prompt, new_tokens=24, namespace=namespace, reuse=wish)
     report = settled(warm)
     assert report["reused"] == len(prompt) - 1 and report["exact"] == 0
-    # Deviation 0 at the check layer: only the forced first tokens of the one run are computed again.
+    # Deviation 0 at the check layer, no foreign context: only the forced first tokens of the one run are computed again.
     assert report["recomputed"] == 8
     assert warm.token_ids == full.token_ids
-    ids = server.likely_ids(prompt, full.token_ids, "reference")
-    reference, _ = server.log_probabilities(prompt, full.token_ids, ids, "reference", reuse=False)
-    ours, told = server.log_probabilities(prompt, full.token_ids, ids, namespace, reuse=True)
+    ids = server.likely_ids(prompt, full.token_ids, cold)
+    reference, _ = server.log_probabilities(prompt, full.token_ids, ids, cold, reuse=False)
+    ours, told = server.log_probabilities(prompt, full.token_ids, ids, namespace, reuse=wish)
     assert told["outcome"] == "reused"
     worst = max(abs(a - b) for x, y in zip(reference, ours, strict=True) for a, b in zip(x, y, strict=True))
     assert worst < 1e-3

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from kvshare_sched.config import KVShareConfig
+from kvshare_sched.config import PRESETS, KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.strategies import names
 
@@ -157,3 +157,15 @@ def test_a_request_may_ask_for_its_own_settings():
 def test_a_wrong_wish_of_a_request_is_refused_by_name(wishes):
     with pytest.raises(ConfigError, match=next(iter(wishes))):
         KVShareConfig().for_request(wishes)
+
+
+def test_a_preset_sets_what_nobody_set_by_name(tmp_path):
+    assert load(KVSHARE_PRESET="quality").ratio == PRESETS["quality"]["ratio"] > KVShareConfig().ratio
+    mixed = load(KVSHARE_PRESET="speed", KVSHARE_RATIO="0.5")
+    assert (mixed.preset, mixed.ratio, mixed.strategy) == ("speed", 0.5, PRESETS["speed"]["strategy"])
+    from_file = load(KVSHARE_CONFIG=written(tmp_path, 'preset = "quality"\n'))
+    assert from_file == load(KVSHARE_PRESET="quality")
+    assert KVShareConfig().for_request({"preset": "quality"}) == from_file
+    assert KVShareConfig().for_request({"preset": "quality", "ratio": 0.2}).ratio == 0.2
+    assert KVShareConfig() == load(KVSHARE_PRESET=KVShareConfig().preset)
+    assert "quality" in refusal(KVSHARE_PRESET="qualty")

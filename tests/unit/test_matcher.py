@@ -258,3 +258,29 @@ def test_inputs_stay_as_they_were():
     kept = list(hits)
     find_segments(prompt, hits, library.tokens, start=0, end=len(prompt), min_run=MIN_RUN)
     assert (prompt == before).all() and hits == kept
+
+
+def test_other_donors_of_a_text_are_named_best_context_first():
+    same = join(text(5), text(1), text(6))
+    library = Library(join(text(2), text(1)), same, join(text(3), text(1)[:20]), text(1))
+    prompt = join(text(5), text(1), text(9))
+    hits = library.index.hits(HERE, prompt)
+    bounds = {"start": 0, "end": len(prompt), "min_run": MIN_RUN}
+    (alone,) = find_segments(prompt, hits, library.tokens, **bounds)
+    (found,) = find_segments(prompt, hits, library.tokens, donors=4, **bounds)
+    assert alone.others == () and (found.donor_id, found.start, found.length) == (library.ids[1], 0, 60)
+    assert {library.ids.index(o.donor_id) for o in found.others} == {0, 2, 3}
+    for other in found.others:
+        assert (
+            prompt[other.start : other.end] == library.tokens(other.donor_id)[other.donor_start :][: other.length]
+        ).all()
+    (two,) = find_segments(prompt, hits, library.tokens, donors=2, **bounds)
+    assert two.others == found.others[:1]
+
+
+def test_context_counts_what_precedes_in_prompt_and_donor_alike():
+    library = Library(join(text(4), text(1), text(8, 5), text(2)), join(text(7), text(3)))
+    prompt = join(text(6), text(1), text(9, 5), text(2), text(3))
+    found = library.segments(prompt)
+    assert [(s.start, s.context) for s in found] == [(30, 0), (65, 30), (95, 0)]
+    assert [s.foreign for s in found] == [1.0, 1 - 30 / 65, 1.0]

@@ -1,7 +1,5 @@
 """The story of one request against a fake tree: match, lease, chunks, report, release."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from fakes import FakeTree
@@ -22,7 +20,7 @@ def text(seed: int, length: int = 100) -> np.ndarray:
     return np.random.default_rng(seed).permutation(1000)[:length] + 1000 * seed
 
 
-SETTINGS = {"window": 16, "min_run": 32, "min_suffix": 64, "forced_head": 8, "ratio": 0.1}
+SETTINGS = {"strategy": "kvshare", "window": 16, "min_run": 32, "min_suffix": 64, "forced_head": 8, "ratio": 0.1}
 PROMPT = np.concatenate((text(9, 10), text(1), text(8, 20), text(2), text(7, 15)))  # 245 tokens
 
 
@@ -40,8 +38,9 @@ class World:
         self.pipeline.publish(f"donor {seed}", namespace, np.concatenate((text(50 + seed, 5), text(seed))))
         return next(iter(set(self.pipeline.index.donors) - before), None)
 
-    def view(self, rid="r", tokens=PROMPT, *, exact_len=0, fresh_from=None, namespace=HERE):
-        return RequestView(rid, namespace, tokens, exact_len, len(tokens) if fresh_from is None else fresh_from)
+    def view(self, rid="r", tokens=PROMPT, *, exact_len=0, fresh_from=None, namespace=HERE, wishes=None):
+        end = len(tokens) if fresh_from is None else fresh_from
+        return RequestView(rid, namespace, tokens, exact_len, end, wishes or {})
 
     def admit(self, rid="r", tokens=PROMPT, **changes):
         view = self.view(rid, tokens, **changes)
@@ -282,6 +281,17 @@ def test_charge_is_what_runs(world):
     assert world.pipeline.charge(world.begin("other", text(33, 200)), 0, 200) == 200
 
 
+def test_consensus_pins_every_donor_and_charges_the_first_pass(world):
+    again = world.pipeline.index.add(HERE, np.concatenate((text(60, 30), text(1), text(61, 30))))
+    session = world.begin(wishes={"strategy": "consensus"})
+    first, second = session.plan.segments
+    assert [o.donor_id for o in first.others] == [again if first.donor_id == world.donors[0] else world.donors[0]]
+    assert second.others == () and set(session.leases) == {*world.donors, again} and world.tree.active == 3
+    assert world.pipeline.report_of(session).donors == 3 and session.plan.copied_len == 300
+    # 45 fresh and 20 chosen rows on all four layers, the fresh ones once more up to layer 2.
+    assert world.pipeline.charge(session, 0, 245) == -(-(4 * 65 + 3 * 45) // 4)
+
+
 @pytest.mark.parametrize("budget", [0, 1, 9, 10, 50, 100, 160, 400])
 def test_chunk_end_is_the_largest_within_the_budget(world, budget):
     session = world.begin()
@@ -412,10 +422,9 @@ def test_metrics_count_every_request_once_and_gauges_return_to_zero():
 
 
 def test_a_request_chooses_its_strategy_and_ratio(world):
-    view = replace(world.view(), wishes={"strategy": "epic", "ratio": 0.3})
-    session = world.pipeline.admit(view, "r", view.prompt_len, 0)
+    session = world.admit(wishes={"strategy": "epic", "ratio": 0.3})
     assert session.outcome is Outcome.REUSED and world.pipeline.report_of(session).strategy == "epic"
-    dearer = world.pipeline.charge(session, 0, view.prompt_len)
+    dearer = world.pipeline.charge(session, 0, 245)
     world.pipeline.withdraw(session)
     session = world.admit()
     assert session.config is world.pipeline.config and dearer > 0.25 * 200
@@ -423,6 +432,5 @@ def test_a_request_chooses_its_strategy_and_ratio(world):
 
 
 def test_a_wrong_wish_means_ordinary_prefill(world):
-    view = replace(world.view(), wishes={"strategy": "epik"})
-    session = world.pipeline.admit(view, "r", view.prompt_len, 0)
+    session = world.admit(wishes={"strategy": "epik"})
     assert (session.plan, session.outcome, session.reason) == (None, Outcome.ORDINARY, Reason.BAD_SETTING)

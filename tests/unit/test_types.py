@@ -135,3 +135,28 @@ def test_report_is_plain_json():
     assert json.loads(json.dumps(data)) == data
     assert (data["outcome"], data["reason"], data["match_s"]) == ("reused", "none", 0.001235)
     assert report().prompt_len == data["exact"] + data["reused"] + data["fresh"] == 8
+
+
+def test_clip_takes_other_donors_and_context_along():
+    segment = Segment(1, 10, 100, 50, context=7, others=(Segment(2, 0, 100, 20), Segment(3, 5, 130, 20, context=4)))
+    part = segment.clip(110, 140)
+    assert (part.start, part.length, part.donor_start, part.context) == (110, 30, 20, 17)
+    assert part.others == (Segment(2, 10, 110, 10, context=10), Segment(3, 5, 130, 10, context=4))
+    assert segment.clip(122, 128).others == ()
+    with pytest.raises(PlanError):
+        Segment(1, 10, 100, 50, others=(Segment(2, 0, 99, 20),))
+
+
+def test_foreign_share_of_the_left_context():
+    assert Segment(1, 0, 0, 5).foreign == 0
+    assert Segment(1, 0, 100, 5).foreign == 1
+    assert Segment(1, 0, 100, 5, context=75).foreign == 0.25
+    assert Segment(1, 0, 100, 5, context=120).foreign == 0
+
+
+def test_doubt_counts_tokens_by_the_foreign_share_of_their_context():
+    plan = ReusePlan(
+        400, 0, (Segment(1, 0, 100, 50), Segment(1, 50, 200, 60, context=150), Segment(2, 0, 300, 40, 300))
+    )
+    assert plan.doubtful_len(0, 400) == 50 + 60 * 0.5
+    assert plan.doubtful_len(0, 125) == 25 and plan.doubtful_len(300, 400) == 0

@@ -23,7 +23,7 @@ def test_no_deviation_no_recompute_same_answer(server, strategy):
     warm = server.generate(prompt, new_tokens=24, namespace=namespace, reuse=wish)
     report = settled(warm)
     assert report["reused"] == len(prompt) - 1 and report["exact"] == 0
-    # Deviation 0 at the check layer, no foreign context: only the forced first tokens of the one run are computed again.
+    # Deviation 0 at the check layer, no foreign context: only the forced first tokens of the run run again.
     assert report["recomputed"] == 8
     assert warm.token_ids == full.token_ids
     ids = server.likely_ids(prompt, full.token_ids, cold)

@@ -24,12 +24,13 @@ LAYERS = (
     {"kvshare_kernels"},
     {"radix_ext.hashing", "kvshare_sched.config", "kvshare_sched.strategies"},
     {"radix_ext.segment_index", "radix_ext.matcher", "kvshare_sched.strategies.base"},
-    {"radix_ext.donors", "kvshare_sched.planner", "kvshare_sched.metrics"},
+    {"radix_ext.donors", "kvshare_sched.planner", "kvshare_sched.metrics", "kvshare_sched.controller"},
+    {"kvshare_sched.audit"},
     {"kvshare_sched.strategies.blend", "kvshare_sched.strategies.controls"},
     {"kvshare_sched.pipeline"},
     {"kvshare_sched.evidence"},
     {"kvshare_sched.executor", "kvshare_sched.support", "kvshare_sched.client_report"},
-    {"kvshare_sched.sglang_adapter"},
+    {"kvshare_sched.sglang_adapter", "kvshare_sched.audit_adapter"},
     {"radix_ext.backend"},
     {"kvshare_sched.plugin", "kvshare_sched.cpu"},
 )
@@ -37,6 +38,7 @@ LAYERS = (
 TOUCHES_SGLANG = {
     "kvshare_sched.plugin",
     "kvshare_sched.sglang_adapter",
+    "kvshare_sched.audit_adapter",
     "kvshare_sched.executor",
     "kvshare_sched.evidence",
     "kvshare_sched.support",

@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 
 LOWEST, HIGHEST = 0.02, 0.5  # bounds of a moved ratio; a configured ratio outside them widens them
 ENOUGH = 4  # audits at one ratio before anything is concluded
-WINDOW = 8  # latest audits at one ratio that count
+WINDOW = 16  # latest audits at one ratio that count
 _UP, _DOWN = 1.5, 0.9
 _CLEARLY_BELOW = 0.5  # of the target
-_MISSED_FOR = 64  # audits during which a ratio that missed the target is not tried again
+# Audits during which a ratio that missed the target is not tried again; another miss meanwhile doubles it.
+_MISSED_FOR, _MISSED_AT_MOST = 64, 1024
 RETRY, _RETRY_AT_MOST = 64, 4096  # refused requests until a tenant that is off is tried again
 _HARMFUL, _HARMFUL_AUDITS = 5.0, 2  # mean KL in targets, over at least so many audits: the donor is shut
 _TENANTS, _SOURCES = 4096, 16384  # remembered; the least recently seen start afresh
@@ -33,6 +34,7 @@ class _Tenant:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  # nats, all at `ratio`
     missed: float = 0.0  # the ratio that missed the target last
     missed_for: int = 0  # audits until it may be tried again
+    memory: int = _MISSED_FOR  # what `missed_for` starts from
     off: bool = False
     trial: bool = False  # just turned on again: every request is audited until there is a verdict
     refused: int = 0  # requests refused since it was turned off
@@ -111,7 +113,8 @@ class Controller:
     # ---- moves ----
 
     def _missed(self, tenant: str, state: _Tenant, mean: float) -> None:
-        state.missed, state.missed_for = state.ratio, _MISSED_FOR
+        state.memory = min(2 * state.memory, _MISSED_AT_MOST) if state.missed_for else _MISSED_FOR
+        state.missed, state.missed_for = state.ratio, state.memory
         if state.ratio < self.high:
             self._move(tenant, state, min(self.high, _UP * state.ratio), mean)
             return

@@ -10,16 +10,15 @@ only, and rank 0's measurement is every rank's, so all tensor-parallel ranks aud
 from __future__ import annotations
 
 import logging
-import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.controller import Controller
+from kvshare_sched.divergence import Measurement, compare
 from kvshare_sched.types import Namespace, Outcome, Reason
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,6 @@ POSITIONS = 24  # output tokens compared, from the first
 TOP = 128  # ids of each captured distribution that are compared one by one
 _QUEUE = 64  # finished requests waiting for an idle engine
 _TENANTS = 4096  # whose approximate requests are counted
-_LEAST = 1e-9  # probability of the ids beyond the compared ones, at least
 
 
 @dataclass(slots=True)
@@ -57,36 +55,6 @@ class Audit:
     def ids(self) -> list[int]:
         """Ids whose reference log-probabilities are needed, ascending."""
         return sorted({i for ids, _ in self.capture.rows for i in ids.tolist()})
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """How far one answer's distributions are from full prefill; KL(full || approximate) in nats."""
-
-    kl_first: float
-    kl: float  # mean over the tokens sent
-    same_first: float  # 1.0 when both have the same likeliest first token
-    same: float  # share of the positions
-
-
-def compare(rows, reference: Sequence[Sequence[float]], ids: Sequence[int], best: Sequence[int]) -> Measurement:
-    """Captured rows against the reference at the same positions.
-
-    rows: (ids int64 [n], log q float32 [n]) a position, likeliest first; reference: log p of `ids` (ascending,
-    holding every captured id) a position; best: the reference's likeliest id a position. What is left of each
-    distribution is compared as one bucket, so the KL is a lower bound.
-    """
-    kl, same = [], []
-    for (row_ids, log_q), log_p, likeliest in zip(rows, reference, best, strict=True):
-        p_log = np.asarray(log_p, np.float64)[np.searchsorted(ids, row_ids.numpy())]
-        q_log = log_q.numpy().astype(np.float64)
-        p_rest, q_rest = (max(_LEAST, 1 - float(np.exp(x).sum())) for x in (p_log, q_log))
-        kl.append(float((np.exp(p_log) * (p_log - q_log)).sum()) + p_rest * math.log(p_rest / q_rest))
-        same.append(float(likeliest == int(row_ids[0])))
-    found = Measurement(kl[0], sum(kl) / len(kl), same[0], sum(same) / len(same))
-    if not math.isfinite(found.kl):
-        raise ValueError(f"KL is {found.kl}; expected finite log-probabilities")
-    return found
 
 
 class Auditor:

@@ -11,9 +11,10 @@ import torch
 from fakes import FakeTree
 from prometheus_client import CollectorRegistry
 
-from kvshare_sched.audit import POSITIONS, TOP, Auditor, compare
+from kvshare_sched.audit import POSITIONS, TOP, Auditor
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.controller import ENOUGH
+from kvshare_sched.divergence import compare
 from kvshare_sched.metrics import AUDIT_RESULTS, ShareMetrics
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel

@@ -50,6 +50,11 @@ class KVShareConfig:
     )
     index_tokens: int = _setting(2_000_000, "tokens", "donor tokens indexed at most, about 46 bytes each", low=1024)
 
+    audit_share: float = _setting(
+        0.02, "share of approximate requests", "prefilled again in full and compared when idle", low=0.0, high=1.0
+    )
+    target_kl: float = _setting(0.03, "nats", "mean KL(full || approximate) the controller holds", low=0.0)
+
     def __post_init__(self):
         from kvshare_sched.strategies import names
 

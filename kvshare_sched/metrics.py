@@ -20,6 +20,20 @@ LABELS = (
 )
 
 
+AUDIT_RESULTS = (
+    ("done", "none"),
+    ("failed", "capture"),  # the approximate logits could not be kept
+    ("failed", "reference"),  # the full prefill gave nothing to compare
+    ("dropped", "retracted"),
+    ("dropped", "no_answer"),  # nothing was sent that could be compared
+    ("dropped", "queue_full"),
+    ("dropped", "no_room"),
+    ("dropped", "lost"),  # aborted
+)
+_TENANTS = 32  # named in labels; the others share one value
+_KL = (0.0001, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3)  # nats, around the default target 0.03
+
+
 class ShareMetrics:
     """Counters and gauges of one engine; `registry` is for tests, the default is the process's own."""
 
@@ -49,6 +63,7 @@ class ShareMetrics:
         self._enabled = prom.Gauge(
             "kvshare_enabled", "1 when the kvshare cache backend is wired in and may reuse KV.", **live
         )
+        self.audits = AuditMetrics(where, live)
         for origin in ORIGINS:
             self._tokens.labels(origin)
         for phase in PHASES:
@@ -83,3 +98,68 @@ class ShareMetrics:
     def enabled(self, mode: str) -> None:
         """Say once at start-up whether reuse is wired in."""
         self._enabled.set(1 if mode == "on" else 0)
+
+
+class AuditMetrics:
+    """What audits found and what the controller made of it, by tenant: the first 32 by name, then `other`."""
+
+    def __init__(self, where: dict, live: dict):
+        import prometheus_client as prom
+
+        self._ended = prom.Counter(
+            "kvshare_audits", "Audits by result and, unless done, reason.", ["result", "reason"], **where
+        )
+        labels = ["tenant", "strategy", "span"]
+        self._kl = prom.Histogram(
+            "kvshare_audit_kl_nats",
+            "KL(full || approximate) of audited answers, at the first token and mean over those sent.",
+            *(labels,),
+            buckets=_KL,
+            **where,
+        )
+        self._agreement = prom.Summary(
+            "kvshare_audit_agreement",
+            "Share of positions with the same likeliest token as full prefill.",
+            labels,
+            **where,
+        )
+        self._tokens = prom.Counter("kvshare_audit_tokens", "Tokens spent on audits, cached ones included.", **where)
+        self._ratio = prom.Gauge("kvshare_controller_ratio", "Recompute ratio a tenant has.", ["tenant"], **live)
+        self._off = prom.Gauge(
+            "kvshare_controller_off", "1 while reuse is off for a tenant that misses its target.", ["tenant"], **live
+        )
+        self._shut = prom.Counter("kvshare_sources_shut", "Donors removed for the harm they did.", **where)
+        self._named: set[str] = set()
+        for result, reason in AUDIT_RESULTS:
+            self._ended.labels(result, reason)
+
+    def ended(self, result: str, reason: str) -> None:
+        """Count one audit; see AUDIT_RESULTS."""
+        self._ended.labels(result, reason).inc()
+
+    def spent(self, tokens: int) -> None:
+        """Count the tokens of an audit that starts."""
+        self._tokens.inc(tokens)
+
+    def measured(self, tenant: str, strategy: str, found) -> None:
+        """Record an `audit.Measurement`."""
+        tenant = self._name(tenant)
+        self._kl.labels(tenant, strategy, "first").observe(found.kl_first)
+        self._kl.labels(tenant, strategy, "sent").observe(found.kl)
+        self._agreement.labels(tenant, strategy, "first").observe(found.same_first)
+        self._agreement.labels(tenant, strategy, "sent").observe(found.same)
+
+    def controlled(self, tenant: str, ratio: float, off: bool) -> None:
+        """Show what is in force for a tenant."""
+        tenant = self._name(tenant)
+        self._ratio.labels(tenant).set(ratio)
+        self._off.labels(tenant).set(off)
+
+    def shut(self) -> None:
+        """Count a donor removed for the harm it did."""
+        self._shut.inc()
+
+    def _name(self, tenant: str) -> str:
+        if len(self._named) < _TENANTS:
+            self._named.add(tenant)
+        return tenant if tenant in self._named else "other"

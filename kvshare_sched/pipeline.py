@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from kvshare_sched.audit import Auditor
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
@@ -40,6 +41,8 @@ class Session:
     config: KVShareConfig  # the server's settings with the request's own wishes
     plan: ReusePlan | None
     reason: Reason
+    namespace: Namespace | None = None  # None for a request that cannot take part
+    wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     leases: dict[int, DonorLease] = field(default_factory=dict)
     done_upto: int = 0  # prompt tokens whose chunk has run
@@ -68,6 +71,7 @@ class Pipeline:
         self.metrics = metrics
         self.page_size = page_size
         self.index = SegmentIndex(window=config.window, min_run=config.min_run, capacity=config.index_tokens)
+        self.auditor = Auditor(config, self.index.remove, metrics.audits if metrics is not None else None)
         self.sessions: dict[str, Session] = {}
         self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
         self._memo: OrderedDict[str, tuple] = OrderedDict()
@@ -129,6 +133,9 @@ class Pipeline:
         started = time.perf_counter()
         config, plan, outcome, discovered = self.config, None, Outcome.ORDINARY, 0
         leases: dict[int, DonorLease] = {}
+        namespace, wished = None, False
+        if isinstance(view, RequestView):
+            namespace, wished = view.namespace, not {"preset", "strategy", "ratio"}.isdisjoint(view.wishes)
         if isinstance(view, Reason):
             reason = view
         elif self.config.mode == "off":
@@ -137,9 +144,11 @@ class Pipeline:
             reason = Reason.SHORT
         else:
             try:
-                config = config.for_request(view.wishes)
+                config = (config if wished else self.auditor.settings(config, namespace)).for_request(view.wishes)
                 strategy = get_strategy(config.strategy)
                 planned = build_plan(view, self.match(view, strategy.donors), strategy, config, self.costs)
+                if isinstance(planned, ReusePlan) and not wished and self.auditor.refuses(namespace):
+                    planned = Reason.QUALITY
                 reason = planned if isinstance(planned, Reason) else Reason.NONE
                 if isinstance(planned, ReusePlan) and self.config.mode == "discover":
                     discovered, outcome = planned.reused_len, Outcome.DISCOVERED
@@ -157,7 +166,7 @@ class Pipeline:
         # A retracted request comes back with output tokens behind its prompt, and those may be cached too.
         exact_len = min(exact_len, prompt_len)
         session = Session(rid, prompt_len, exact_len, config, plan, reason, leases=leases, outcome=outcome)
-        session.discovered = discovered
+        session.discovered, session.namespace, session.wished = discovered, namespace, wished
         session.match_s = time.perf_counter() - started
         return session
 
@@ -180,6 +189,7 @@ class Pipeline:
         for donor_id in session.leases:
             self.index.touch(donor_id)
             self.tree.touch(self.index.donors[donor_id])
+        self.auditor.begun(session)
         if session.plan is None:
             self._report(session)
         self._gauges()
@@ -263,7 +273,7 @@ class Pipeline:
             report = self.report_of(session)
             if session.on_report is not None:
                 session.on_report(report)
-            if self.metrics is not None:
+            if self.metrics is not None and not self.auditor.owns(session.rid):  # metrics speak of clients
                 self.metrics.record(report)
         except Exception:
             logger.exception("kvshare: no report for request %s", session.rid)

@@ -45,6 +45,7 @@ _SRT = "sglang.srt"
 _TREE = f"{_SRT}.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
 _CACHE = f"{_SRT}.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _ADDER = f"{_SRT}.managers.schedule_policy.PrefillAdder"
+_SCHEDULER = f"{_SRT}.managers.scheduler.Scheduler"
 _OPENAI = f"{_SRT}.entrypoints.openai"
 
 SEAMS = (
@@ -96,6 +97,7 @@ SEAMS = (
         f"{_SRT}.model_executor.forward_batch_info.ForwardBatch",
         (
             "rids",
+            "seq_lens_cpu",
             "extend_prefix_lens_cpu",
             "extend_seq_lens_cpu",
             "out_cache_loc",
@@ -119,6 +121,28 @@ SEAMS = (
     Seam(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", ("layer_id",)),
     Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.all_reduce"),
     Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.broadcast_object", ("obj", "src")),
+    # audits: know when the engine is idle, send one request of our own, keep its output
+    Seam(f"{_SCHEDULER}.on_idle", ("self",)),
+    Seam(f"{_SCHEDULER}.is_fully_idle", ("self",)),
+    Seam(f"{_SCHEDULER}.handle_generate_request", ("recv_req",)),
+    Seam(
+        f"{_SRT}.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
+        ("reqs", "return_logprob", "skip_req"),
+    ),
+    Seam(
+        f"{_SRT}.managers.io_struct.TokenizedGenerateReqInput",
+        ("input_ids", "logprob_start_len", "top_logprobs_num", "token_ids_logprob", "extra_key", "cache_salt"),
+        kind="members",
+    ),
+    Seam(f"{_SRT}.sampling.sampling_params.SamplingParams.normalize", ("tokenizer",)),
+    Seam(f"{_SRT}.managers.schedule_batch.Req.output_ids_through_stop"),
+    Seam(
+        f"{_SRT}.managers.schedule_batch.ReqLogprob",
+        ("input_token_ids_logprobs_val", "input_top_logprobs_idx"),
+        kind="members",
+    ),
+    Seam(f"{_SRT}.layers.logits_processor.LogitsProcessorOutput", ("next_token_logits",), kind="members"),
+    Seam(f"{_CACHE}.full_evictable_size"),
     # tell the client
     Seam(
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -155,6 +156,7 @@ def wire(cache, ctx):
     from sglang.srt.distributed import get_tp_group
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from kvshare_sched import audit_adapter
     from kvshare_sched.executor import Executor
     from kvshare_sched.metrics import ShareMetrics
     from kvshare_sched.pipeline import Pipeline
@@ -173,7 +175,12 @@ def wire(cache, ctx):
         metrics.enabled(config.mode)
     pipeline = Pipeline(config, DonorTree(cache), costs, metrics)
     Executor(pipeline, runner, cos_sin, neox).install()
-    for seam, hook in scheduler_hooks().items():
+    hooks = scheduler_hooks()
+    if config.audit_share > 0 and config.mode == "on":
+        pipeline.auditor.agree = functools.partial(group.broadcast_object, src=0)
+        audit_adapter.watch(pipeline.auditor, runner.model)
+        hooks |= audit_adapter.hooks()
+    for seam, hook in hooks.items():
         HookRegistry.register(seam, hook, HookType.AROUND)
     HookRegistry.apply_hooks()
     if ctx.tp_rank == 0:

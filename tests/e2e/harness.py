@@ -89,13 +89,16 @@ class Server(Client):
 
 @contextlib.contextmanager
 def start(name: str, arguments, environment) -> Iterator[Server]:
-    """Stock SGLang with the kvshare backend on the embedded model."""
+    """Stock SGLang with the kvshare backend on the embedded model; audits only where a module asks for them.
+
+    An audit leaves exact KV of its prompt behind, whenever the server happens to be idle.
+    """
     log = LOGS / f"{name}.log"
     base = ["--model-path", str(model.prepare()), "--max-total-tokens", "40000"]
     given = {a for a in arguments if a.startswith("--")}
     base = base[:2] if "--max-total-tokens" in given else base
     full = [*server.fill_defaults([*base, *arguments])]
-    with server.running(full, env=environment, log=log) as url:
+    with server.running(full, env={"KVSHARE_AUDIT_SHARE": "0"} | environment, log=log) as url:
         yield Server(url, log)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from kvshare_sched.metrics import ORIGINS, PHASES, ShareMetrics
+from kvshare_sched.metrics import AUDIT_RESULTS, ORIGINS, PHASES, ShareMetrics
 from kvshare_sched.types import Outcome, Reason, ShareReport
 
 
@@ -49,7 +49,7 @@ def reports() -> list[ShareReport]:
 
 def test_every_name_has_the_prefix_and_a_help_text(metrics, registry):
     families = list(registry.collect())
-    assert len(families) == 11
+    assert len(families) == 18
     assert all(f.name.startswith("kvshare_") and f.documentation.endswith(".") for f in families)
     text = generate_latest(registry).decode()
     assert all(line.startswith(("#", "kvshare_")) for line in text.splitlines())
@@ -58,7 +58,8 @@ def test_every_name_has_the_prefix_and_a_help_text(metrics, registry):
 def test_counters_end_in_total_and_times_in_seconds(metrics, registry):
     kinds = {f.name: f.type for f in registry.collect()}
     assert {name for name, kind in kinds.items() if kind == "gauge"} == {
-        f"kvshare_{n}" for n in ("index_tokens", "index_entries", "donors", "leases_held", "enabled")
+        *(f"kvshare_{n}" for n in ("index_tokens", "index_entries", "donors", "leases_held", "enabled")),
+        *(f"kvshare_controller_{n}" for n in ("ratio", "off")),
     }
     counters = [name for name, kind in kinds.items() if kind == "counter"]
     assert all((f"{name}_total") in {n for n, _ in samples(registry)} for name in counters)
@@ -72,6 +73,8 @@ def test_all_label_values_exist_from_the_start(metrics, registry):
     assert {k[1] for k in seen if k[0] == "kvshare_phase_seconds_total"} == {(p,) for p in PHASES}
     pairs = {k[1] for k in seen if k[0] == "kvshare_requests_total"}
     ordinary = {("ordinary", r.value) for r in Reason if r is not Reason.NONE}
+    audits = {(k[1][1], k[1][0]) for k in seen if k[0] == "kvshare_audits_total"}
+    assert audits == set(AUDIT_RESULTS)
     assert pairs == ordinary | {("reused", "none"), ("reused", "error"), ("discovered", "none")}
 
 

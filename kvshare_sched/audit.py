@@ -1,0 +1,235 @@
+"""Audits: a share of the approximate requests is prefilled again in full, off their answers' way, and compared.
+
+    begun (chosen? capture) -> observe (rows of logits) -> finished (queue) -> start (engine idle) -> settle
+
+The captured rows are the approximate model's own distributions at the first output positions; the reference is
+one ordinary request over prompt and sent tokens, run when the engine is idle. Choices depend on shared state
+only, and rank 0's measurement is every rank's, so all tensor-parallel ranks audit and conclude alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.controller import Controller
+from kvshare_sched.divergence import Measurement, compare
+from kvshare_sched.types import Namespace, Outcome, Reason
+
+logger = logging.getLogger(__name__)
+POSITIONS = 24  # output tokens compared, from the first
+TOP = 128  # ids of each captured distribution that are compared one by one
+_QUEUE = 64  # finished requests waiting for an idle engine
+_TENANTS = 4096  # whose approximate requests are counted
+
+
+@dataclass(slots=True)
+class Capture:
+    """A running request chosen for audit."""
+
+    tenant: str
+    strategy: str
+    ratio: float
+    wished: bool  # the request brought its own settings: measured, but moves nothing
+    donors: tuple[int, ...]
+    prompt_len: int
+    rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # ids int64, log p float32, [TOP]
+    broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """A finished request whose reference is still to be computed."""
+
+    rid: str
+    namespace: Namespace
+    tokens: Sequence[int]  # prompt, then the tokens sent (at most POSITIONS)
+    capture: Capture
+
+    @property
+    def ids(self) -> list[int]:
+        """Ids whose reference log-probabilities are needed, ascending."""
+        return sorted({i for ids, _ in self.capture.rows for i in ids.tolist()})
+
+
+class Auditor:
+    """Chooses, captures, queues and settles audits of one engine; the controller learns from them."""
+
+    def __init__(self, config: KVShareConfig, shut: Callable[[int], None], metrics=None):
+        self.share = config.audit_share
+        self.controller = Controller(config.ratio, config.target_kl)
+        self.agree: Callable = lambda found: found  # rank 0's object on every rank
+        self.queue: deque[Audit] = deque()
+        self.running: Audit | None = None
+        self.tokens = self.served = 0  # spent on audits; prompt tokens of clients
+        self._shut = shut
+        self._metrics = metrics
+        self._captures: dict[str, Capture] = {}
+        self._counts: OrderedDict[str, int] = OrderedDict()  # approximate requests of each tenant
+        self._number = 0
+
+    # ---- settings of a request ----
+
+    def settings(self, config: KVShareConfig, namespace: Namespace) -> KVShareConfig:
+        """The configuration with the ratio its tenant has arrived at."""
+        ratio = self.controller.ratio(tenant_of(namespace))
+        return config if ratio == config.ratio else config.for_request({"ratio": ratio})
+
+    def refuses(self, namespace: Namespace) -> bool:
+        """Reuse is off for this tenant."""
+        return self.controller.is_off(tenant_of(namespace))
+
+    # ---- a client's request ----
+
+    def begun(self, session) -> None:
+        """A `pipeline.Session` was admitted: decide whether to audit it."""
+        if self.share == 0 or self.owns(session.rid):
+            return
+        if session.reason is Reason.RETRACTED:
+            self._drop(session.rid, "retracted")
+            return
+        self.served += session.prompt_len
+        if session.reason is Reason.QUALITY:
+            tenant = tenant_of(session.namespace)
+            self.controller.refused(tenant)
+            self._show(tenant)
+        if session.outcome is not Outcome.REUSED or not self._chosen(tenant := tenant_of(session.namespace)):
+            return
+        config = session.config
+        self._captures[session.rid] = Capture(
+            *(tenant, config.strategy, config.ratio, session.wished),
+            donors=tuple(sorted(session.leases)),
+            prompt_len=session.prompt_len,
+        )
+
+    def _chosen(self, tenant: str) -> bool:
+        """A tenant's first approximate request, then every (1 / share)-th."""
+        count = self._counts.pop(tenant, 0)
+        self._counts[tenant] = count + 1
+        if len(self._counts) > _TENANTS:
+            self._counts.popitem(last=False)
+        due = count == 0 or int(count * self.share) > int((count - 1) * self.share)
+        return due or self.controller.on_trial(tenant)
+
+    def observe(self, batch, output) -> None:
+        """After a forward pass: keep the distributions of the requests under audit. Never raises.
+
+        batch: SGLang's ForwardBatch; output.next_token_logits float [requests, vocabulary], copied from at once
+        because samplers write into it. Middle chunks of a prompt end before its length and are passed over.
+        """
+        if not self._captures:
+            return
+        for row, rid in enumerate(batch.rids or ()):
+            capture = self._captures.get(rid)
+            if capture is None or capture.broken or len(capture.rows) >= POSITIONS:
+                continue
+            try:
+                if int(batch.seq_lens_cpu[row]) - capture.prompt_len == len(capture.rows):
+                    logits = output.next_token_logits[row].float()
+                    best = logits.topk(min(TOP, len(logits)))
+                    capture.rows.append((best.indices, best.values - logits.logsumexp(0)))
+            except Exception:
+                logger.exception("kvshare: the logits of request %s could not be kept for its audit", rid)
+                capture.broken = True
+
+    def watches(self, rid: str) -> bool:
+        """Whether `finished` wants to hear of this request."""
+        return rid in self._captures
+
+    def finished(self, rid: str, namespace: Namespace, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """A watched request has ended; answer: the tokens sent."""
+        capture = self._captures.pop(rid)
+        count = min(len(answer), len(capture.rows))
+        if count == 0 or len(prompt) != capture.prompt_len:
+            self._count("failed", "capture") if capture.broken else self._count("dropped", "no_answer")
+            return
+        capture.rows = [(ids.cpu(), log_q.cpu()) for ids, log_q in capture.rows[:count]]
+        if len(self.queue) >= _QUEUE:
+            self.queue.popleft()
+            self._count("dropped", "queue_full")
+        self._number += 1
+        tokens = [*prompt, *answer[:count]]
+        self.queue.append(Audit(f"kvshare-audit-{self._number}", namespace, tokens, capture))
+
+    # ---- the reference ----
+
+    def start(self, room: int) -> Audit | None:
+        """The engine is idle: the audit to run now, or None. room: tokens the pool can take.
+
+        Cost is bounded: an audit starts only while audits have spent at most `share` of the prompt tokens served.
+        """
+        if self.running is not None:  # an idle engine has lost it: aborted before it ran
+            self._end("dropped", "lost")
+        for rid in tuple(self._captures):
+            self._drop(rid, "lost")
+        while self.queue and self.tokens <= self.share * self.served:
+            audit = self.queue.popleft()
+            if len(audit.tokens) >= room:
+                self._count("dropped", "no_room")
+                continue
+            self.running = audit
+            self.tokens += len(audit.tokens)
+            if self._metrics is not None:
+                self._metrics.spent(len(audit.tokens))
+            return audit
+        return None
+
+    def owns(self, rid: str) -> bool:
+        """Whether a request is the reference now running."""
+        return self.running is not None and self.running.rid == rid
+
+    def settle(self, reference: Sequence[Sequence[float]] | None, best: Sequence[int] | None) -> None:
+        """The reference has run: rows as `compare` takes them, None when it failed. Never raises."""
+        audit, found = self.running, None
+        try:
+            if reference is not None:
+                found = compare(audit.capture.rows, reference, audit.ids, best)
+        except Exception:
+            logger.exception("kvshare: audit %s could not be measured", audit.rid)
+        found = self.agree(found)
+        if found is None:
+            self._end("failed", "reference")
+            return
+        self._learn(audit.capture, found)
+        self._end("done", "none")
+
+    def _learn(self, capture: Capture, found: Measurement) -> None:
+        if self._metrics is not None:
+            self._metrics.measured(capture.tenant, capture.strategy, found)
+        if capture.wished:
+            return
+        self.controller.audited(capture.tenant, capture.ratio, found.kl)
+        self._show(capture.tenant)
+        for donor in self.controller.charge(capture.donors, found.kl):
+            logger.warning("kvshare: donor %d does harm and is shut (last audit: KL %.4g nats)", donor, found.kl)
+            self._shut(donor)
+            if self._metrics is not None:
+                self._metrics.shut()
+
+    # ---- counting ----
+
+    def _show(self, tenant: str) -> None:
+        if self._metrics is not None:
+            self._metrics.controlled(tenant, self.controller.ratio(tenant), self.controller.is_off(tenant))
+
+    def _drop(self, rid: str, reason: str) -> None:
+        if self._captures.pop(rid, None) is not None:
+            self._count("dropped", reason)
+
+    def _end(self, result: str, reason: str) -> None:
+        self.running = None
+        self._count(result, reason)
+
+    def _count(self, result: str, reason: str) -> None:
+        if self._metrics is not None:
+            self._metrics.ended(result, reason)
+
+
+def tenant_of(namespace: Namespace) -> str:
+    """A tenant is the extra key of its namespace."""
+    return namespace.extra_key or ""

@@ -169,7 +169,7 @@ def test_an_audit_measures_what_the_model_gave():
     audit = world.run(P)
     assert audit.namespace == HERE and list(audit.tokens) == [*range(100), *range(6)]
     truth = compare([top(row, TOP) for row in Q[:6]], *(reference_for(audit.ids, P[:6])[0], audit.ids), [0] * 6).kl
-    labels = {"tenant": "here", "strategy": "kvshare", "span": "sent"}
+    labels = {"tenant": "here", "strategy": KVShareConfig().strategy, "span": "sent"}
     assert world.value("kvshare_audit_kl_nats_sum", **labels) == pytest.approx(truth, rel=1e-3)  # float32 of logits
     assert world.results() == {("done", "none"): 1}
     assert world.value("kvshare_audit_tokens_total") == 106

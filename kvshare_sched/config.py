@@ -22,6 +22,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "balanced": {"strategy": "consensus", "ratio": 0.15},
     "speed": {"strategy": "consensus", "ratio": 0.08},
 }
+REPAIR_ORDERS = ("fifo", "lagged", "attention")
 _NOT_SETTINGS = {"KVSHARE_CONFIG", "KVSHARE_CACHE"}  # read elsewhere
 
 
@@ -47,6 +48,17 @@ class KVShareConfig:
     )
     min_suffix: int = _setting(
         64, "tokens", "requests with fewer tokens outside the exact prefix skip the lookup", low=1
+    )
+    repair_rows: int = _setting(
+        0,
+        "prompt tokens a decode step",
+        "computed again while decoding; 0 is plain decode",
+        low=0,
+        high=64,
+        request=True,
+    )
+    repair_order: str = _setting(
+        "fifo", "", "which come first; only fifo ends at exact KV", choices=REPAIR_ORDERS, request=True
     )
     index_tokens: int = _setting(2_000_000, "tokens", "donor tokens indexed at most, about 46 bytes each", low=1024)
 

@@ -123,7 +123,10 @@ class Witness:
             sums = self._over_ranks(torch.stack((k_squared, v_squared, v_absolute, alpha, size)))
             k_squared, v_squared, v_absolute, alpha, size = sums.unbind()
             noise = v_absolute <= _NOISE.get(q.dtype, 3e-2) * size
-            positions = torch.from_numpy(running - chunk.row + chunk.start)
+            where = running - chunk.row + chunk.start
+            if chunk.session.repair is not None:
+                chunk.session.repair.deviation[where] = v_absolute.cpu().numpy()
+            positions = torch.from_numpy(where)
             deviation = (x.masked_fill(noise, 0) for x in (k_squared, v_squared, v_absolute))
             yield Evidence(positions, *deviation, alpha=alpha)
 
@@ -178,6 +181,29 @@ class Witness:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextlib.contextmanager
+    def attention_paid(self, layer: int, view, rows: list[int]) -> Iterator[list[torch.Tensor]]:
+        """While `layer` runs inside the block, the list fills: what each of these decode rows attends to.
+
+        One float32 [seq_len] tensor a row of `view`, mean over the heads of all ranks.
+        """
+        module, found = self.attention[layer], []
+
+        def look(_, args, output):  # after the layer, so that the pool holds this step's keys
+            query = args[0].view(-1, module.tp_q_head_num, module.qk_head_dim)
+            keys = self.pool.get_key_buffer(layer)
+            for row in rows:
+                slots = self.req_to_token[view.req_pool_indices[row], : view.seq_lens[row]].long()
+                last = torch.full((1,), len(slots) - 1, dtype=torch.int64, device=slots.device)
+                mass = attention_column_mass(query[row : row + 1], keys[slots], last, module.scaling)
+                found.append(self._over_ranks(mass / self.ranks.world_size))
+
+        hook = module.register_forward_hook(look)
+        try:
+            yield found
+        finally:
+            hook.remove()
 
     def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         """Scores are summed over the tensor-parallel ranks before anybody chooses, so all choose alike."""

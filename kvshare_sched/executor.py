@@ -22,6 +22,7 @@ from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
 from kvshare_kernels import copy_mean, copy_rotate, top_k
+from kvshare_sched.decode_repair import DecodeRepair
 from kvshare_sched.evidence import Chunk, Witness
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.strategies.base import Evidence
@@ -46,6 +47,7 @@ class Executor:
         self.pool = model_runner.token_to_kv_pool
         self.witness = Witness(model_runner)
         self._ordinary = self.model.forward
+        self.repair = DecodeRepair(pipeline, model_runner, self.witness, self._ordinary)
 
     def install(self) -> None:
         """Put `forward` in front of the model's own."""
@@ -53,6 +55,8 @@ class Executor:
 
     def forward(self, input_ids, positions, forward_batch, *args, **kwargs):
         """The model's forward; batches with reuse take the other road, failures come back to the main one."""
+        if waiting := self.repair.waiting(forward_batch):
+            return self.repair.forward(waiting, input_ids, positions, forward_batch, *args, **kwargs)
         chunks = self._chunks(forward_batch)
         if chunks is None:
             return self._ordinary(input_ids, positions, forward_batch, *args, **kwargs)
@@ -133,7 +137,10 @@ class Executor:
 
         for chunk, n in zip(chunks, cells.tolist(), strict=True):
             session = chunk.session
-            session.recomputed += int((keep[chunk.row : chunk.row + len(chunk.reused)] & chunk.reused).sum())
+            ran = keep[chunk.row : chunk.row + len(chunk.reused)]
+            session.recomputed += int((ran & chunk.reused).sum())
+            if session.repair is not None:
+                session.repair.stale[chunk.start : chunk.end] = chunk.reused & ~ran
             looking = len(chunk.fresh) * chunk.session.strategy.first_pass(depth).stop if chunk.looks else 0
             session.cells += n + looking
             session.copy_s += (copied - started) / len(chunks)

@@ -10,7 +10,7 @@ from kvshare_sched.types import Outcome, Reason, ShareReport
 
 ORIGINS = ("exact", "reused", "fresh")
 REPORTED_PHASES = ("match", "copy", "recompute")
-PHASES = (*REPORTED_PHASES, "index")
+PHASES = (*REPORTED_PHASES, "index", "repair")
 # Every pair that can occur. (reused, error): a later chunk of a long prompt failed and ran as ordinary prefill.
 LABELS = (
     (Outcome.REUSED, Reason.NONE),
@@ -47,6 +47,9 @@ class ShareMetrics:
         )
         self._recomputed = prom.Counter(
             "kvshare_recomputed_tokens", "Reused prompt tokens whose KV was computed again.", **where
+        )
+        self._repaired = prom.Counter(
+            "kvshare_repaired_tokens", "Prompt tokens whose KV was computed again while decoding.", **where
         )
         self._discovered = prom.Counter(
             "kvshare_discovered_tokens", "Prompt tokens that could have been reused (mode discover).", **where
@@ -87,6 +90,11 @@ class ShareMetrics:
     def indexed(self, seconds: float) -> None:
         """Count the time one donor took to enter the index."""
         self._seconds.labels("index").inc(seconds)
+
+    def repaired(self, tokens: int, seconds: float) -> None:
+        """Count one request's repair rows of a decode step and the time it took to choose and place them."""
+        self._repaired.inc(tokens)
+        self._seconds.labels("repair").inc(seconds)
 
     def observe(self, index, tree) -> None:
         """Set the gauges from the live index and the leases held."""

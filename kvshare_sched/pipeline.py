@@ -19,6 +19,7 @@ from kvshare_sched.audit import Auditor
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
+from kvshare_sched.repair import RepairQueue
 from kvshare_sched.strategies import get as get_strategy
 from kvshare_sched.strategies.base import Strategy
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
@@ -53,12 +54,20 @@ class Session:
     outcome: Outcome = Outcome.ORDINARY
     discovered: int = 0
     approximate_from: int | None = None  # first position with approximate KV; set when copies are made
+    repair: RepairQueue | None = None  # what may be repaired while decoding; None: nothing
     reported: bool = False
     on_report: Callable[[ShareReport], None] | None = None  # hands the report to the client's answer
 
     @property
     def strategy(self) -> Strategy:
         return get_strategy(self.config.strategy)
+
+    @property
+    def to_repair(self) -> bool:
+        """Whether a decode step of this request may take repair rows along."""
+        if self.repair is None or self.approximate_from is None:
+            return False
+        return self.repair.waiting(self.approximate_from)
 
 
 class Pipeline:
@@ -133,7 +142,7 @@ class Pipeline:
         started = time.perf_counter()
         config, plan, outcome, discovered = self.config, None, Outcome.ORDINARY, 0
         leases: dict[int, DonorLease] = {}
-        namespace, wished = None, False
+        namespace, wished, repair = None, False, None
         if isinstance(view, RequestView):
             namespace, wished = view.namespace, not {"preset", "strategy", "ratio"}.isdisjoint(view.wishes)
         if isinstance(view, Reason):
@@ -155,6 +164,8 @@ class Pipeline:
                 elif isinstance(planned, ReusePlan):
                     leases = self._lease(planned)
                     plan, outcome = planned, Outcome.REUSED
+                    if config.repair_rows:
+                        repair = RepairQueue(view.token_ids, config.repair_rows, config.repair_order)
             except ConfigError as problem:
                 logger.warning("kvshare: request %s: %s Ordinary prefill.", rid, problem)
                 reason = Reason.BAD_SETTING
@@ -166,7 +177,8 @@ class Pipeline:
         # A retracted request comes back with output tokens behind its prompt, and those may be cached too.
         exact_len = min(exact_len, prompt_len)
         session = Session(rid, prompt_len, exact_len, config, plan, reason, leases=leases, outcome=outcome)
-        session.discovered, session.namespace, session.wished = discovered, namespace, wished
+        session.discovered, session.repair = discovered, repair
+        session.namespace, session.wished = namespace, wished
         session.match_s = time.perf_counter() - started
         return session
 
@@ -233,10 +245,18 @@ class Pipeline:
             self._report(session)
         self._gauges()
 
+    def repaired(self, session: Session, positions: np.ndarray, seconds: float) -> None:
+        """A decode step has computed these prompt positions (int64, ascending) again; `seconds` to prepare it."""
+        session.repair.stale[positions] = False
+        if session.repair.order == "fifo":  # what the walk has passed is exact and may be published
+            session.approximate_from = int(positions[-1]) + 1
+        if self.metrics is not None:
+            self.metrics.repaired(len(positions), seconds)
+
     def abandon(self, session: Session) -> None:
         """The executor failed: the rest of this request runs as ordinary prefill; earlier chunks stand."""
         self._release_leases(session.leases)
-        session.reason = Reason.ERROR
+        session.reason, session.repair = Reason.ERROR, None
         kept = tuple(session.plan.clip(0, session.done_upto)) if session.plan is not None else ()
         session.plan = replace(session.plan, segments=kept) if kept else None
         if session.plan is None:

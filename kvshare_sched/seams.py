@@ -104,6 +104,8 @@ SEAMS = (
             "req_pool_indices",
             "residual_stream",
             "hidden_states",
+            "global_num_token_non_padded_cpu",
+            "num_token_non_padded",
         ),
         kind="members",
     ),
@@ -112,6 +114,7 @@ SEAMS = (
         ("input_ids", "positions", "forward_batch", "split_interval"),
     ),
     Seam(f"{_SRT}.layers.layer_boundary.residual.batch.to_pp", ("hidden_states", "forward_batch")),
+    Seam(f"{_SRT}.layers.layer_boundary.residual.batch.clear", ("forward_batch",)),
     Seam(f"{_SRT}.layers.layer_boundary.stage.StageBoundary.from_pp", ("tensors", "forward_batch")),
     Seam(
         f"{_SRT}.layers.logits_processor.LogitsProcessor.forward",

@@ -105,6 +105,14 @@ def refusals(server_args) -> list[str]:
             "prefill CUDA graphs are not supported: a captured graph runs all rows of all layers. "
             "Add --disable-prefill-cuda-graph."
         )
+    # On a CPU SGLang captures nothing unless it compiles the model, whatever the setting says.
+    captured = server_args.device != "cpu" or server_args.enable_torch_compile
+    graphs = captured and server_args.cuda_graph_config.decode.backend != Backend.DISABLED
+    if graphs and (rows := KVShareConfig.load().repair_rows):
+        found.append(
+            f"repair_rows={rows} is not supported with decode CUDA graphs: a captured graph takes no repair rows. "
+            "Add --disable-cuda-graph, or leave KVSHARE_REPAIR_ROWS at 0."
+        )
     return found + _model_refusals(model)
 
 

@@ -63,9 +63,12 @@ class PortableCpuAttention(AttentionBackend):
             self.rows = self._plan_extend(forward_batch)
 
     def _plan_extend(self, batch) -> list[_Rows]:
-        requests = batch.req_pool_indices.tolist()
         lengths = [int(n) for n in batch.extend_seq_lens_cpu]
-        prefixes = [int(n) for n in batch.extend_prefix_lens_cpu]
+        return self._passes(batch, lengths, [int(n) for n in batch.extend_prefix_lens_cpu])
+
+    def _passes(self, batch, lengths: list[int], prefixes: list[int]) -> list[_Rows]:
+        """One pass for all neighbouring rows of a request."""
+        requests = batch.req_pool_indices.tolist()
         plan, start, i = [], 0, 0
         while i < len(requests):
             request, stop = requests[i], start
@@ -80,22 +83,25 @@ class PortableCpuAttention(AttentionBackend):
         return plan
 
     def _plan_decode(self, batch) -> _Decode | None:
-        """Batch all rows unless padding would more than double the keys read; then one pass each."""
+        """Batch all rows unless that would more than double the keys read: by padding, or by repeating a request's.
+
+        Then every request gets a pass of its own, with the repair rows that stand before its new token.
+        """
         lengths = batch.seq_lens.long()
         if lengths.numel() == 0:
             return None
         longest = int(lengths.max())
+        last_row = torch.ones_like(lengths, dtype=torch.bool)  # of its request
+        last_row[:-1] = batch.req_pool_indices[1:] != batch.req_pool_indices[:-1]
+        needed = int(lengths[last_row].sum())
+        if lengths.numel() * longest > 2 * needed:
+            self.rows = self._passes(batch, [1] * lengths.numel(), (lengths - 1).tolist())
+            return None
         slots = self.req_to_token[batch.req_pool_indices.long(), :longest].long()
         exists = torch.arange(longest) < lengths[:, None]
         slots.masked_fill_(~exists, 0)  # rows beyond a request's end hold stale slots
-        padded = int(lengths.sum()) < lengths.numel() * longest
-        if lengths.numel() * longest <= 2 * int(lengths.sum()):
-            return _Decode(slots, exists[:, None, None] if padded else None)
-        self.rows = [
-            _Rows(i, i + 1, slots[i, :n], plan_rows(lengths[i : i + 1] - 1, self.dtype))
-            for i, n in enumerate(lengths.tolist())
-        ]
-        return None
+        padded = needed < lengths.numel() * longest
+        return _Decode(slots, exists[:, None, None] if padded else None)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
         keys, values, q, out = self._store_and_view(q, k, v, layer, forward_batch, save_kv_cache)

@@ -17,7 +17,8 @@ def test_eviction_and_retraction(server):
     def ask(i):
         parts = [DOCS[(i + k) % 6] for k in range(3)]
         prompt = chat(f"You are number {i}.", parts, f"Question {i}?")
-        body = server._body(prompt, 24, namespace, i % 4 != 3)
+        repair = {"repair_rows": 8, "repair_order": ("fifo", "lagged", "attention")[i % 3]}
+        body = server._body(prompt, 24, namespace, repair if i % 4 != 3 else False)
         body["sampling_params"]["ignore_eos"] = True
         return server.post("/generate", body).json()
 

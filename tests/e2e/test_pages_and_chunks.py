@@ -55,6 +55,19 @@ def test_prefill_of_long_prompts_beside_running_decodes(server):
     assert quiet.token_ids == cold.token_ids
 
 
+def test_a_prompt_repaired_while_decoding_is_published_in_whole_pages(server):
+    namespace, repair = server.namespace(), {"strategy": "naive", "repair_rows": 64}
+    server.generate(chat(SYSTEMS[0], DOCS[:4]), new_tokens=2, namespace=namespace)
+    prompt = server.tokenize(chat(SYSTEMS[1], [DOCS[i] for i in (3, 1, 2)]))
+    body = server._body(prompt, len(prompt) // 64 + 4, namespace, repair)
+    body["sampling_params"]["ignore_eos"] = True
+    assert server.post("/generate", body).json()["meta_info"]["kvshare"]["outcome"] == "reused"
+    again = server.generate(prompt, new_tokens=12, namespace=namespace, reuse=False)
+    assert settled(again)["exact"] == (len(prompt) - 1) // 16 * 16
+    cold = server.generate(prompt, new_tokens=12, namespace=server.namespace(), reuse=False)
+    assert again.token_ids == cold.token_ids
+
+
 def test_aborted_between_chunks(server):
     namespace = server.namespace()
     server.generate(chat(SYSTEMS[0], DOCS[8:16]), new_tokens=1, namespace=namespace)

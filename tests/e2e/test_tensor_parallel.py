@@ -28,3 +28,22 @@ def test_ranks_agree_and_counters_do_not_multiply(server):
     ours, told = server.log_probabilities(prompt, full.token_ids, ids, namespace, reuse=True)
     assert told["outcome"] == "reused"
     assert kl_divergence(reference, ours) < 0.3
+
+
+def test_ranks_repair_alike(server):
+    for order in ("lagged", "attention", "fifo"):
+        namespace = server.namespace()
+        server.generate(chat(SYSTEMS[0], DOCS[:3]), new_tokens=1, namespace=namespace)
+        prompt = server.tokenize(chat(SYSTEMS[1], [DOCS[i] for i in (2, 0)]))
+        before = server.metrics()["kvshare_repaired_tokens_total"]
+        body = server._body(prompt, 14, namespace, {"repair_rows": 64, "repair_order": order})
+        body["sampling_params"]["ignore_eos"] = True
+        report = server.post("/generate", body).json()["meta_info"]["kvshare"]
+        repaired = server.metrics()["kvshare_repaired_tokens_total"] - before
+        if order == "fifo":  # the ranks' own walks end at KV that gives one and the same answer
+            assert repaired >= report["reused"]
+            again = server.generate(prompt, new_tokens=8, namespace=namespace, reuse=False)
+            cold = server.generate(prompt, new_tokens=8, namespace=server.namespace(), reuse=False)
+            assert settled(again)["exact"] == len(prompt) - 1 and again.token_ids == cold.token_ids
+        else:
+            assert repaired == report["reused"] - report["recomputed"]

@@ -11,6 +11,7 @@ from kvshare_sched.strategies import names
 FIELDS = {f.name: f for f in fields(KVShareConfig)}
 NUMBERS = [f for f in FIELDS.values() if isinstance(f.default, int | float)]
 CHOICES = {"mode": ("off", "discover", "on"), "alpha": ("colsum", "one_query"), "strategy": names()}
+CHOICES |= {"repair_order": ("fifo", "lagged", "attention")}
 BELOW = [f"KVSHARE_{f.name.upper()}={f.metadata['low'] - 1}" for f in NUMBERS if f.metadata["low"] is not None]
 
 

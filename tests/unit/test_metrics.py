@@ -49,7 +49,7 @@ def reports() -> list[ShareReport]:
 
 def test_every_name_has_the_prefix_and_a_help_text(metrics, registry):
     families = list(registry.collect())
-    assert len(families) == 18
+    assert len(families) == 19
     assert all(f.name.startswith("kvshare_") and f.documentation.endswith(".") for f in families)
     text = generate_latest(registry).decode()
     assert all(line.startswith(("#", "kvshare_")) for line in text.splitlines())
@@ -96,13 +96,17 @@ def test_tokens_by_origin_sum_to_the_prompts(metrics, registry):
     assert seen["kvshare_discovered_tokens_total", ()] == 16
     assert seen["kvshare_prefill_cells_total", ()] == 180
     metrics.indexed(0.25)
+    metrics.repaired(3, 0.125)
+    metrics.repaired(2, 0.125)
     seen = samples(registry)
     assert {p: seen["kvshare_phase_seconds_total", (p,)] for p in PHASES} == {
         "index": 0.25,
         "match": 0.5,
         "copy": 0.5,
         "recompute": 1.0,
+        "repair": 0.25,
     }
+    assert seen["kvshare_repaired_tokens_total", ()] == 5
 
 
 def test_prompt_that_runs_again_counts_its_tokens_once(metrics, registry):

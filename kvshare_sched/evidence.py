@@ -120,7 +120,7 @@ class Witness:
             alpha = torch.zeros_like(v_absolute)
             if chunk.session.strategy.needs_alpha and len(local):
                 alpha = self._alpha(module, layer, chunk, rows, index, q, k, view)
-            sums = self._over_ranks(torch.stack((k_squared, v_squared, v_absolute, alpha, size)))
+            sums = self.over_ranks(torch.stack((k_squared, v_squared, v_absolute, alpha, size)))
             k_squared, v_squared, v_absolute, alpha, size = sums.unbind()
             noise = v_absolute <= _NOISE.get(q.dtype, 3e-2) * size
             where = running - chunk.row + chunk.start
@@ -177,7 +177,7 @@ class Witness:
         try:
             yield mass
             for i, found in enumerate(mass):
-                mass[i] = self._over_ranks(found) / self.ranks.world_size
+                mass[i] = self.over_ranks(found) / self.ranks.world_size
         finally:
             for hook in hooks:
                 hook.remove()
@@ -197,7 +197,7 @@ class Witness:
                 slots = self.req_to_token[view.req_pool_indices[row], : view.seq_lens[row]].long()
                 last = torch.full((1,), len(slots) - 1, dtype=torch.int64, device=slots.device)
                 mass = attention_column_mass(query[row : row + 1], keys[slots], last, module.scaling)
-                found.append(self._over_ranks(mass / self.ranks.world_size))
+                found.append(self.over_ranks(mass / self.ranks.world_size))
 
         hook = module.register_forward_hook(look)
         try:
@@ -205,6 +205,6 @@ class Witness:
         finally:
             hook.remove()
 
-    def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+    def over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         """Scores are summed over the tensor-parallel ranks before anybody chooses, so all choose alike."""
         return self.ranks.all_reduce(sums) if self.ranks.world_size > 1 else sums

@@ -21,18 +21,14 @@ import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
-from kvshare_kernels import copy_mean, copy_rotate, top_k
+from kvshare_kernels import top_k
+from kvshare_sched.assembly import Assembly
 from kvshare_sched.decode_repair import DecodeRepair
 from kvshare_sched.evidence import Chunk, Witness
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.strategies.base import Evidence
-from kvshare_sched.types import Segment
 
 logger = logging.getLogger(__name__)
-# Spread taken for a text with one donor in a foreign context, some twice the usual one of several donors: one
-# donor is further from the truth than the mean of four.
-_LONE_SPREAD = 0.03
-_OWN_NOISE = 0.1  # a donor with the very same left context weighs 1 / this against 1 / (1 + this) for a foreign one
 
 
 class Executor:
@@ -42,9 +38,8 @@ class Executor:
         self.pipeline = pipeline
         self.model_runner = model_runner
         self.model = model_runner.model
-        self.cos_sin, self.neox = cos_sin, neox
         self.layers = self.model.model.layers
-        self.pool = model_runner.token_to_kv_pool
+        self.assembly = Assembly(pipeline, model_runner.token_to_kv_pool, len(self.layers), cos_sin, neox)
         self.witness = Witness(model_runner)
         self._ordinary = self.model.forward
         self.repair = DecodeRepair(pipeline, model_runner, self.witness, self._ordinary)
@@ -108,7 +103,7 @@ class Executor:
             for check in chunk.checks(depth):
                 share_at[check.layer].append((chunk, check.share))
         started = time.perf_counter()
-        spread = self._copy(batch, chunks)
+        spread = self.assembly.copy(batch, chunks)
         copied = time.perf_counter()
 
         keep = np.ones(input_ids.shape[0], bool)  # rows that run
@@ -179,66 +174,12 @@ class Executor:
         candidates = chunk.candidates
         at = torch.from_numpy(candidates - chunk.row)
         alpha = torch.ones(len(at)) if looked is None else looked[at + chunk.start].cpu()
-        evidence = Evidence(at + chunk.start, alpha=alpha, spread=spread[at.to(spread.device)].cpu())
+        evidence = Evidence(
+            at + chunk.start, alpha=alpha, spread=self.witness.over_ranks(spread)[at.to(spread.device)].cpu()
+        )
         score = chunk.session.strategy.score(evidence)
         keep[candidates] = False
         keep[candidates[top_k(score, chunk.budget(chunk.session.config.ratio)).numpy()]] = True
-
-    def _copy(self, batch: ForwardBatch, chunks: list[Chunk]) -> dict[int, torch.Tensor]:
-        """Donor KV into the chunks' own slots, keys rotated; layers below a chunk's first check are never read.
-
-        Returns how far the donors are apart, float32 [rows of the chunk], by the chunk's first row.
-        """
-        by_first_layer: dict[int, list] = defaultdict(list)
-        spread = {}
-        for chunk in chunks:
-            checks = chunk.checks(len(self.layers))
-            runs = by_first_layer[checks[0].layer if checks else 0]
-            session = chunk.session
-            parts = self.pipeline.copies(session, chunk.start, chunk.end)
-            if parts and session.approximate_from is None:
-                session.approximate_from = session.plan.approximate_from
-            spread[chunk.row] = torch.zeros(len(chunk.reused), device=batch.out_cache_loc.device)
-            for segment, lease in parts:
-                low = segment.start - chunk.start
-                target = batch.out_cache_loc[chunk.row + low : chunk.row + low + segment.length].long()
-                if segment.others:
-                    spread[chunk.row][low : low + segment.length] = self._copy_mean(session, segment, target)
-                else:
-                    runs.append((lease.slots[segment.donor_start : segment.donor_end], target, segment.shift))
-                    spread[chunk.row][low : low + segment.length] = _LONE_SPREAD * segment.foreign
-        for first_layer, runs in by_first_layer.items():
-            layers = range(first_layer, len(self.layers))
-            copy_rotate(
-                [self.pool.get_key_buffer(i) for i in layers],
-                [self.pool.get_value_buffer(i) for i in layers],
-                runs,
-                self.cos_sin,
-                neox=self.neox,
-            )
-        return spread
-
-    def _copy_mean(self, session, segment: Segment, target: torch.Tensor) -> torch.Tensor:
-        """The mean of a segment's donors into `target`; float32 [length], how far they are apart."""
-        depth = len(self.layers)
-        weights = np.zeros((len(segment.places), segment.length), np.float32)
-        for row, place in zip(weights, segment.places, strict=True):
-            row[place.start - segment.start : place.end - segment.start] = 1 / (_OWN_NOISE + place.foreign)
-        weights = torch.from_numpy(weights / weights.sum(axis=0)).to(target.device)
-        parts = []
-        for weight, place in zip(weights, segment.places, strict=True):
-            low = place.start - segment.start
-            source = session.leases[place.donor_id].slots[place.donor_start : place.donor_end]
-            parts.append((source, low, place.shift, weight[low : low + place.length]))
-        return copy_mean(
-            [self.pool.get_key_buffer(i) for i in range(depth)],
-            [self.pool.get_value_buffer(i) for i in range(depth)],
-            target,
-            parts,
-            self.cos_sin,
-            neox=self.neox,
-            measured=session.strategy.first_pass(depth),
-        )
 
     def _enter(self, input_ids, positions, batch, keep):
         """The batch as layer 0 shall see it, and its rows in the original batch (None for all)."""

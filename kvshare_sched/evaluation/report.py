@@ -1,0 +1,256 @@
+"""Rows -> `report.json`, `report.md` and `frontier.png`. Everything but the writing is pure."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvshare_sched.evaluation.statistics import gap_recovered, geometric_ratio, mean_interval
+
+YARDSTICK = "kvshare"
+CELL_TOLERANCE = 0.01  # methods whose measured cell shares differ by no more count as equally expensive
+
+
+def summarise(rows: Sequence[dict]) -> dict[str, dict]:
+    """Method name -> figures over all its cases. A figure is None where nothing was measured."""
+    return {name: _figures(rows, name) for name in rows[0]["methods"]}
+
+
+def _figures(rows: Sequence[dict], name: str) -> dict:
+    found = [row["methods"][name] for row in rows if row["methods"][name] is not None]
+    scored = [row["methods"] for row in rows if row["methods"]["full"]["task_score"] is not None]
+
+    def over(key: str, reduce: Callable = statistics.fmean) -> float | None:
+        values = [m[key] for m in found if m.get(key) is not None]
+        return round(float(reduce(values)), 12) if values else None
+
+    def score_of(method: str) -> float | None:
+        return statistics.fmean(m[method]["task_score"] for m in scored) if scored else None
+
+    gaps = [m["full"]["task_score"] - m[name]["task_score"] for m in scored]
+    gap, low, high = (round(x, 6) for x in mean_interval(gaps)) if gaps else (None, None, None)
+    full_s = [row["methods"]["full"]["ttft_s"] for row in rows]
+    own_s = [(row["methods"][name] or {}).get("ttft_s") for row in rows]
+    ratios = [a / b for a, b in zip(full_s, own_s, strict=True) if b]
+    recovered = gap_recovered(score_of(name), score_of("full"), score_of("no_context")) if scored else None
+    return {
+        "cases": len(found),
+        "reused_cases": sum(m.get("outcome") == "reused" for m in found),
+        "kl_mean": over("kl"),
+        "kl_median": over("kl", statistics.median),
+        "kl_p90": over("kl", lambda v: np.percentile(v, 90)),
+        "kl_first_mean": over("kl_first"),
+        "first_token_agreement": over("first_token_agreement"),
+        "greedy_agreement": over("greedy_agreement"),
+        "task_score": over("task_score"),
+        "task_score_gap": gap,
+        "task_score_gap_low": low,
+        "task_score_gap_high": high,
+        "gap_recovered": None if recovered is None else round(recovered, 6),
+        "swaps": sum(m["swapped"] for m in found),
+        "computed_cells": over("computed_cells"),
+        "cells": over("cells"),
+        "ttft_s": over("ttft_s", statistics.median),
+        "ttft_ratio": round(statistics.median(ratios), 6) if ratios else None,
+        "tpot_s": over("tpot_s", statistics.median),
+    }
+
+
+def compare(rows: Sequence[dict], settings: dict, summary: dict[str, dict]) -> list[dict]:
+    """Every method against the yardstick of the same budget: geometric KL ratio, above 1 where the yardstick wins."""
+    methods = settings["methods"]
+    yardsticks = {m["budget"]: name for name, m in methods.items() if m["family"] == YARDSTICK}
+    found = []
+    for name, method in methods.items():
+        against = yardsticks.get(method["budget"])
+        if against is None or against == name:
+            continue
+        kl = [[row["methods"][n]["kl"] for row in rows] for n in (name, against)]
+        ratio, low, high = geometric_ratio(*kl)
+        difference = summary[name]["computed_cells"] - summary[against]["computed_cells"]
+        found.append(
+            {
+                "method": name,
+                "against": against,
+                "kl_ratio": round(ratio, 4),
+                "kl_ratio_low": round(low, 4),
+                "kl_ratio_high": round(high, 4),
+                "cell_difference": round(difference, 4),
+                "equal_cells": abs(difference) <= CELL_TOLERANCE,
+            }
+        )
+    return found
+
+
+def assemble(settings: dict, rows: Sequence[dict]) -> dict:
+    """The content of `report.json`."""
+    summary = summarise(rows)
+    return {
+        "settings": settings,
+        "summary": summary,
+        "comparison": compare(rows, settings, summary),
+        "by_task": _split(rows, "task"),
+        "by_donor_kind": _split(rows, "donor_kind"),
+        "cases": list(rows),
+    }
+
+
+def _split(rows: Sequence[dict], key: str) -> dict[str, dict]:
+    parts = dict.fromkeys(row[key] for row in rows)
+    return {part: summarise([row for row in rows if row[key] == part]) for part in parts}
+
+
+def write_json(folder: Path, settings: dict, rows: Sequence[dict]) -> dict:
+    """Write `report.json` whole or not at all; returns its content."""
+    result = assemble(settings, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / "report.json.part"
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(scratch, folder / "report.json")
+    return result
+
+
+def write_all(folder: Path, settings: dict, rows: Sequence[dict]) -> str:
+    """All three files; returns what to print."""
+    result = write_json(folder, settings, rows)
+    (folder / "report.md").write_text(markdown(result))
+    picture(result, folder / "frontier.png")
+    return f"\n{_summary_table(result['summary'])}\n\nwritten: {folder}/report.json, report.md, frontier.png"
+
+
+def progress(row: dict) -> str:
+    """One case in one line."""
+    full = row["methods"]["full"]
+    own = row["methods"].get("default") or full
+    score = "-" if full["task_score"] is None else f"{full['task_score']:.2f} {own['task_score']:.2f}"
+    return (
+        f"{row['name']:<16} {row['donor_kind']:<10} {row['prompt_tokens']:5} tokens  score {score}  KL {own['kl']:.4f}"
+    )
+
+
+def markdown(result: dict) -> str:
+    """`report.md`: the tables, and what the words in them mean."""
+    settings = result["settings"]
+    parts = [
+        f"# Answer quality of reuse: {settings['model']}",
+        f"{settings['cases']} cases ({', '.join(settings['tasks'])}), {settings['donors']} earlier contexts a "
+        "document, "
+        f"answers of at most {settings['answer_tokens']} tokens, seed {settings['seed']}. "
+        "Reference: full prefill on the same server. Server: `" + settings["server_settings"] + "`.",
+        "## All cases",
+        _summary_table(result["summary"]),
+        _NOTES,
+        "## At equal cells",
+        _table(
+            ("method", "against", "KL ratio", "95 % interval", "cells, difference", "equal"),
+            [
+                (
+                    c["method"],
+                    c["against"],
+                    f"{c['kl_ratio']:.2f}",
+                    f"{c['kl_ratio_low']:.2f} to {c['kl_ratio_high']:.2f}",
+                    f"{c['cell_difference']:+.1%}",
+                    "yes" if c["equal_cells"] else "no",
+                )
+                for c in result["comparison"]
+            ],
+        ),
+        "Geometric mean of paired KL ratios, above 1 where the second method is closer to full prefill. Nothing is "
+        f"interpolated: rows whose measured cells differ by more than {CELL_TOLERANCE:.0%} are marked `no` and compare "
+        "unequal work. An interval that holds 1 means that no difference was detected, not that there is none.",
+    ]
+    for key, title in (("by_task", "By task"), ("by_donor_kind", "By kind of donor")):
+        parts.append(f"## {title}")
+        for measure, label, form in (("task_score", "task score", "{:.2f}"), ("kl_mean", "KL mean, nats", "{:.4f}")):
+            split = result[key]
+            body = [(name, *(_cell(split[part][name][measure], form) for part in split)) for name in result["summary"]]
+            parts.append(_table((label, *split), body))
+    return "\n\n".join(parts) + "\n"
+
+
+_NOTES = (
+    "KL: mean, median and 90th percentile over the cases of KL(full || method) in nats, teacher forced over full "
+    "prefill's own greedy answer. The request that measures it holds the answer, so a score that looks from the end "
+    "of the prompt looks from the answer there; `KL first` is of the first answer token alone, in a request without "
+    "it. Top 1: how often the method's likeliest token is full prefill's. Score: 0..1; gap: full minus method, "
+    "paired 95 % bootstrap. Recovered: (score - no context) / (full - no context). Swaps: answers that name an "
+    "entity only a donor has. Cells: computed (layer x token) cells of the reused tokens over all of theirs. TTFT "
+    "and TPOT: medians, one request at a time."
+)
+
+
+def _summary_table(summary: dict[str, dict]) -> str:
+    form = (
+        ("cells", "computed_cells", "{:.1%}"),
+        ("KL mean", "kl_mean", "{:.4f}"),
+        ("median", "kl_median", "{:.4f}"),
+        ("p90", "kl_p90", "{:.4f}"),
+        ("KL first", "kl_first_mean", "{:.4f}"),
+        ("first token", "first_token_agreement", "{:.0%}"),
+        ("top 1", "greedy_agreement", "{:.1%}"),
+        ("score", "task_score", "{:.3f}"),
+        ("gap", "task_score_gap", "{:+.3f}"),
+        ("low", "task_score_gap_low", "{:+.3f}"),
+        ("high", "task_score_gap_high", "{:+.3f}"),
+        ("recovered", "gap_recovered", "{:.2f}"),
+        ("swaps", "swaps", "{}"),
+        ("TTFT s", "ttft_s", "{:.3f}"),
+        ("full/own", "ttft_ratio", "{:.2f}"),
+        ("TPOT s", "tpot_s", "{:.4f}"),
+        ("reused", "reused_cases", "{}"),
+        ("cases", "cases", "{}"),
+    )
+    rows = [(name, *(_cell(figures[key], f) for _, key, f in form)) for name, figures in summary.items()]
+    return _table(("method", *(title for title, _, _ in form)), rows)
+
+
+def _cell(value, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(str(r[i])) for r in (head, *rows)) for i in range(len(head))]
+
+    def line(cells) -> str:
+        first, *rest = (str(c) for c in cells)
+        return (
+            f"| {first:<{widths[0]}} | " + " | ".join(f"{c:>{w}}" for c, w in zip(rest, widths[1:], strict=True)) + " |"
+        )
+
+    rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:]), ""])
+    return "\n".join([line(head), rule, *(line(r) for r in rows)])
+
+
+def picture(result: dict, path: Path) -> None:
+    """KL against computed cells and against the TTFT ratio, one line a family of methods."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    families: dict[str, list[dict]] = {}
+    for name, method in result["settings"]["methods"].items():
+        families.setdefault(method["family"], []).append(result["summary"][name])
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    views = (
+        ("computed_cells", "computed cells of the reused tokens"),
+        ("ttft_ratio", "TTFT of full prefill / TTFT of the method"),
+    )
+    for axis, (key, label) in zip(axes, views, strict=True):
+        for family, points in families.items():
+            ordered = sorted(points, key=lambda p: p["computed_cells"])
+            style = {"marker": "*", "markersize": 12} if family == "default" else {"marker": "o"}
+            axis.plot([p[key] for p in ordered], [p["kl_mean"] for p in ordered], label=family, **style)
+        axis.set_xlabel(label)
+        axis.set_ylabel("mean KL to full prefill (nats)")
+        axis.set_yscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend()
+    axes[0].set_title(f"{result['settings']['model']}, {result['settings']['cases']} cases")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

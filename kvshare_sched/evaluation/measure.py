@@ -16,6 +16,7 @@ from kvshare_sched.evaluation.cases import Case, Prompt
 from kvshare_sched.evaluation.methods import Method
 
 ANSWER_TOKENS = 24
+_UNSCORED_TOKENS = 2  # generated where only the closeness of the reference's answer counts
 _EXACT_TAIL = 48  # tokens behind the exact prefix of that control: fewer than `min_suffix`
 _PROBE = {"strategy": "naive"}
 
@@ -85,11 +86,15 @@ class Bench:
 
     def _method(self, case: Case, reference: Reference, namespace: str, method: Method) -> dict:
         prompt, ids = reference.prompt, reference.ids
-        answer = self.client.generate(prompt, new_tokens=ANSWER_TOKENS, namespace=namespace, reuse=method.reuse)
+        answer = self._answer(case, prompt, namespace, method.reuse)
         rows, _ = self.client.log_probabilities(prompt, reference.answer.token_ids, ids, namespace, reuse=method.reuse)
         first, _ = self.client.first_log_probabilities(prompt, ids, namespace, reuse=method.reuse)
         measures = _measures(case, reference, rows, answer)
         return measures | {"kl_first": kl_divergence(reference.rows[:1], [first])}
+
+    def _answer(self, case: Case, prompt: list[int], namespace: str, reuse: bool | dict) -> Answer:
+        tokens = ANSWER_TOKENS if case.expected else _UNSCORED_TOKENS
+        return self.client.generate(prompt, new_tokens=tokens, namespace=namespace, reuse=reuse)
 
     def _noise_floor(self, case: Case, reference: Reference) -> dict:
         """A second full prefill in other chunks: what two exact runs differ by."""
@@ -105,7 +110,7 @@ class Bench:
 
     def _exact_run(self, case: Case, reference: Reference, namespace: str, reuse: bool) -> dict:
         prompt, said = reference.prompt, reference.answer.token_ids
-        answer = self.client.generate(prompt, new_tokens=ANSWER_TOKENS, namespace=namespace, reuse=reuse)
+        answer = self._answer(case, prompt, namespace, reuse)
         rows, _ = self.client.log_probabilities(prompt, said, reference.ids, namespace, reuse=reuse)
         return _measures(case, reference, rows, answer) | {"ttft_s": None}  # part of the work was done before
 

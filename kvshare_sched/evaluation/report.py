@@ -105,19 +105,18 @@ def _split(rows: Sequence[dict], key: str) -> dict[str, dict]:
     return {part: summarise([row for row in rows if row[key] == part]) for part in parts}
 
 
-def write_json(folder: Path, settings: dict, rows: Sequence[dict]) -> dict:
-    """Write `report.json` whole or not at all; returns its content."""
-    result = assemble(settings, rows)
+def write_json(folder: Path, content: dict) -> None:
+    """Write `report.json` whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / "report.json.part"
-    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(scratch, folder / "report.json")
-    return result
 
 
 def write_all(folder: Path, settings: dict, rows: Sequence[dict]) -> str:
     """All three files; returns what to print."""
-    result = write_json(folder, settings, rows)
+    result = assemble(settings, rows)
+    write_json(folder, result)
     (folder / "report.md").write_text(markdown(result))
     picture(result, folder / "frontier.png")
     return f"\n{_summary_table(result['summary'])}\n\nwritten: {folder}/report.json, report.md, frontier.png"

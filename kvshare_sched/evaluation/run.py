@@ -68,14 +68,22 @@ def run(
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         }
-        bench, rows, started = Bench(client, render), [], time.monotonic()
+        print(_measure(Bench(client, render), chosen, columns, folder, settings))
+    return 0
+
+
+def _measure(bench: Bench, chosen: list[Case], columns: list[methods.Method], folder: Path, settings: dict) -> str:
+    """Run the cases; an interruption reports what was measured before it goes on its way."""
+    rows, started = [], time.monotonic()
+    try:
         for number, case in enumerate(chosen, 1):
             rows.append(bench.run(case, columns))
-            report.write_json(folder, settings, rows)  # a crash loses one case
+            report.write_json(folder, {"settings": settings, "cases": rows})
             left = (time.monotonic() - started) / number * (len(chosen) - number)
             print(f"{number:4}/{len(chosen)} {report.progress(rows[-1])}  {left / 60:.1f} min left", flush=True)
-    print(report.write_all(folder, settings, rows))
-    return 0
+    finally:
+        said = report.write_all(folder, settings | {"cases": len(rows)}, rows) if rows else "nothing was measured"
+    return said
 
 
 def deal(task_names: Sequence[str], count: int, donors: int) -> list[Case]:

@@ -67,10 +67,10 @@ class _Draw:
 def fact(draw: _Draw) -> Case:
     """Five passages, one fact of the same form in each; the question is about one of them."""
     places, codes = draw.pick(_PLACES, 5), draw.numbers(5)
-    starts = [f"The access code of the {p} office is" for p in places]
+    starts = [f"The access code of office {p} is" for p in places]
     documents = [draw.planted(f"{s} {c}.") for s, c in zip(starts, codes, strict=True)]
     asked = draw.rng.randrange(5)
-    question = f"What is the access code of the {places[asked]} office?"
+    question = f"What is the access code of office {places[asked]}?"
     return draw.case("fact", documents, question, [codes[asked]], answer_start=starts[asked])
 
 
@@ -82,10 +82,7 @@ def two_hop(draw: _Draw) -> Case:
     documents += [draw.planted(f"The badge number of {b} is {n}.") for _, b, n in pairs]
     draw.rng.shuffle(documents)
     a, b, n = pairs[draw.rng.randrange(3)]
-    question = (
-        f"Who is the manager of {a}, and what is the badge number of that manager? Answer in this form: "
-        '"The manager of Ann Doe is Max Roe. The badge number of Max Roe is 1000."'
-    )
+    question = f"Who is the manager of {a}, and what is the badge number of that manager? Two sentences."
     return draw.case("two_hop", documents, question, [b, n], answer_start=f"The manager of {a} is")
 
 
@@ -98,7 +95,7 @@ def twins(draw: _Draw) -> Case:
     for i, place in enumerate(places):
         shape = (
             f"The survey of the {place} was led by {{}}.",
-            "The field work ended on {}.",
+            f"The field work at the {place} ended on {{}}.",
             f"The survey of the {place} cost {{}} dollars.",
         )
         passage, state = draw.passages.pop(), draw.rng.getstate()
@@ -110,32 +107,37 @@ def twins(draw: _Draw) -> Case:
     others = [draw.plain() for _ in range(3)]
     asked = draw.rng.randrange(2)
     place = places[asked]
-    question, start, value = draw.rng.choice(
-        (
-            (f"Who led the survey of the {place}?", f"The survey of the {place} was led by", people[asked]),
-            (f"What did the survey of the {place} cost?", f"The survey of the {place} cost", amounts[asked]),
-        )
+    questions = (
+        (f"Who led the survey of the {place}?", f"The survey of the {place} was led by", people[asked]),
+        (f"When did the field work at the {place} end?", f"The field work at the {place} ended on", dates[asked]),
+        (f"What did the survey of the {place} cost?", f"The survey of the {place} cost", amounts[asked]),
     )
+    question, start, value = draw.rng.choice(questions)
     documents, lent = ([others[0], side[0], others[1], side[1], others[2]] for side in (mine, theirs))
     donor_only = [*people[2:], *dates[2:], *amounts[2:]]
     return draw.case("twins", documents, question, [value], lent=lent, donor_only=donor_only, answer_start=start)
 
 
 def instruction(draw: _Draw) -> Case:
-    """The instruction stands before and after the documents; half the credit is for obeying it."""
-    places, colours = draw.pick(_PLACES, 5), draw.pick(_COLOURS, 5)
-    documents = [draw.planted(f"The door of the {p} is painted {c}.") for p, c in zip(places, colours, strict=True)]
+    """The instruction stands before and after the documents: a letter case (half the credit), or a list in order."""
+    places, colours = draw.pick(_PLACES, 3), draw.pick(_COLOURS, 3)
+    doors = [f"The door of the {place} is painted" for place in places]
+    planted = [draw.planted(f"{d} {c}.") for d, c in zip(doors, colours, strict=True)]
+    documents = [planted[0], draw.plain(), planted[1], draw.plain(), planted[2]]
     if draw.rng.random() < 0.5:
-        place, colour = draw.rng.choice(list(zip(places, colours, strict=True)))
-        before = "Write colours in upper case, for example: The door of the Barn is painted BLACK."
-        question = f"What colour is the door of the {place}? Write the colour in upper case, like BLACK."
-        start, expected = f"In upper case: the door of the {place} is painted", [colour.upper()]
-    else:
-        asked = draw.rng.sample(range(5), 3)
-        before = "Answer with colours in the order of the question, separated by commas."
-        names = "the {}, the {} and the {}".format(*(places[i] for i in asked))
-        question = f"What colours are the doors of {names}? Three colours in this order, separated by commas."
-        start, expected = f"The doors of {names} are painted, in this order:", [colours[i] for i in asked]
+        asked = draw.rng.randrange(3)
+        before = "Write every colour in upper case."
+        question = f"What colour is the door of the {places[asked]}? Write the colour in upper case."
+        start = f"The door of the Barn is painted BLACK. {doors[asked]}"
+        return draw.case(
+            "instruction", documents, question, [colours[asked].upper()], before=before, answer_start=start
+        )
+    order = draw.rng.sample(range(3), 3)
+    before = "Answer with a numbered list of places and colours."
+    question = "Which colours are the doors of the {}, the {} and the {} painted? Answer with a numbered list.".format(
+        *(places[i] for i in order)
+    )
+    start, expected = f"1. {places[order[0]]}:", [colours[i] for i in order]
     return draw.case("instruction", documents, question, expected, before=before, answer_start=start)
 
 
@@ -147,15 +149,17 @@ def continuation(draw: _Draw) -> Case:
 
 def handover(draw: _Draw) -> Case:
     """One agent's long report stood in other agents' prompts, and is now handed to the next one."""
-    tanks, levels = draw.pick(_PLACES, 5), draw.numbers(5)
-    starts = [f"The level of tank {t} was" for t in tanks]
-    report = "\n".join(draw.planted(f"{s} {n}.") for s, n in zip(starts, levels, strict=True))
-    asked = draw.rng.randrange(5)
+    forms = ("The level of tank {} was", "The pressure in boiler {} was", "The speed of pump {} was")
+    starts = [form.format(place) for form, place in zip(forms, draw.pick(_PLACES, 3), strict=True)]
+    readings = draw.numbers(3)
+    parts = [draw.planted(f"{s} {n}.") for s, n in zip(starts, readings, strict=True)]
+    report = "\n".join((parts[0], draw.plain(), parts[1], draw.plain(), parts[2]))
+    asked = draw.rng.randrange(3)
     return draw.case(
         "handover",
         [f"Report of the inspection agent:\n{report}"],
-        f"What was the level of tank {tanks[asked]}?",
-        [levels[asked]],
+        f"Complete this sentence from the report: {starts[asked]} ...",
+        [readings[asked]],
         system="You are the planning agent. Use the report that the inspection agent handed to you.",
         answer_start=starts[asked],
     )

@@ -32,6 +32,7 @@ class _Draw:
 
     rng: random.Random
     passages: list[Passage]
+    turn: int  # which of a task's forms: each meets both kinds of donors
     kind: str
     donors: int
 
@@ -112,7 +113,7 @@ def twins(draw: _Draw) -> Case:
         (f"When did the field work at the {place} end?", f"The field work at the {place} ended on", dates[asked]),
         (f"What did the survey of the {place} cost?", f"The survey of the {place} cost", amounts[asked]),
     )
-    question, start, value = draw.rng.choice(questions)
+    question, start, value = questions[draw.turn % 3]
     documents, lent = ([others[0], side[0], others[1], side[1], others[2]] for side in (mine, theirs))
     donor_only = [*people[2:], *dates[2:], *amounts[2:]]
     return draw.case("twins", documents, question, [value], lent=lent, donor_only=donor_only, answer_start=start)
@@ -124,20 +125,20 @@ def instruction(draw: _Draw) -> Case:
     doors = [f"The door of the {place} is painted" for place in places]
     planted = [draw.planted(f"{d} {c}.") for d, c in zip(doors, colours, strict=True)]
     documents = [planted[0], draw.plain(), planted[1], draw.plain(), planted[2]]
-    if draw.rng.random() < 0.5:
+    if draw.turn % 2 == 0:
         asked = draw.rng.randrange(3)
-        before = "Write every colour in upper case."
-        question = f"What colour is the door of the {places[asked]}? Write the colour in upper case."
-        start = f"The door of the Barn is painted BLACK. {doors[asked]}"
+        before = "Write your answer in upper case."
+        question = f"What colour is the door of the {places[asked]}? Write your answer in upper case."
+        start = doors[asked].upper()
         return draw.case(
             "instruction", documents, question, [colours[asked].upper()], before=before, answer_start=start
         )
     order = draw.rng.sample(range(3), 3)
-    before = "Answer with a numbered list of places and colours."
+    before = 'Answer with a numbered list of places and colours that begins with "1. Barn: black".'
     question = "Which colours are the doors of the {}, the {} and the {} painted? Answer with a numbered list.".format(
         *(places[i] for i in order)
     )
-    start, expected = f"1. {places[order[0]]}:", [colours[i] for i in order]
+    start, expected = f"1. Barn: black\n2. {places[order[0]]}:", [colours[i] for i in order]
     return draw.case("instruction", documents, question, expected, before=before, answer_start=start)
 
 
@@ -173,5 +174,5 @@ TASKS: dict[str, Callable[[_Draw], Case]] = {
 def build(task: str, number: int, *, donors: int, passages: Sequence[Passage]) -> Case:
     """Case `number` of a task; equal arguments give equal cases."""
     rng = random.Random(f"{SEED}/{task}/{number}")
-    case = TASKS[task](_Draw(rng, rng.sample(passages, 12), KINDS[number % 2], donors))
+    case = TASKS[task](_Draw(rng, rng.sample(passages, 12), number // 2, KINDS[number % 2], donors))
     return replace(case, name=f"{task}/{number}")

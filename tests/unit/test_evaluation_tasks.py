@@ -82,7 +82,7 @@ def test_twins_differ_in_their_entities_only(number):
 
 
 def test_planted_facts_follow_their_order_and_no_passage_is_lost():
-    draw = tasks._Draw(random.Random(1), [LIBRARY[0]], "foreign", 1)
+    draw = tasks._Draw(random.Random(1), [LIBRARY[0]], 0, "foreign", 1)
     text = draw.planted("Fact one.", "Fact two.")
     assert text.index("Fact one.") < text.index("Fact two.") and text.startswith(LIBRARY[0][0])
     assert text.replace("Fact one. ", "").replace("Fact two.", "").split() == " ".join(LIBRARY[0]).split()

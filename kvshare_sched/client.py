@@ -72,6 +72,12 @@ class Client:
         """Token ids as the server sees them."""
         return self.post("/tokenize", {"prompt": prompt, "model": "any"}).json()["tokens"]
 
+    def context_length(self) -> int:
+        """Tokens a request may have, prompt and answer together."""
+        response = self._http.get(f"{self.url}/v1/models", timeout=60)
+        response.raise_for_status()
+        return response.json()["data"][0]["max_model_len"]
+
     def _teacher_forced(self, prompt: list[int], answer, namespace, reuse, **wanted) -> dict:
         body = self._body(
             [*prompt, *answer],

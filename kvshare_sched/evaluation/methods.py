@@ -19,7 +19,6 @@ METHODS: dict[str, dict[str, object]] = {
     "kvshare": {"strategy": "kvshare"},
     "default": {},
 }
-_NO_BUDGET = ("naive", "default")
 _YARDSTICK = "kvshare"  # its ratio is the one a user gives; the others get as many cells
 
 
@@ -61,7 +60,7 @@ def resolve(names: Sequence[str], ratios: Sequence[float], layers: int, config: 
     methods = []
     for name in names:
         settings = METHODS[name]
-        if name in _NO_BUDGET:
+        if settings.get("strategy", "naive") == "naive":  # nothing to spend, or the server's own choice
             methods.append(Method(name, name, None, settings or True))
             continue
         for number, ratio in enumerate(ratios):

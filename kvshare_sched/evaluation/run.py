@@ -39,6 +39,8 @@ def run(
     Raises ConfigError for what does not exist, SetupError when the server does not come up.
     """
     methods.check_names(method_names, ratios)
+    if donors < 1:
+        raise ConfigError(f"--donors {donors} leaves nothing to reuse; accepted: 1 or more.")
     chosen = deal(task_names, cases, donors)
     path, folder = Path(model_path) if model_path else model.prepare(), Path(out)
     pool = () if model_path or "--max-total-tokens" in server_arguments else _POOL
@@ -47,29 +49,37 @@ def run(
     print("starting stock SGLang with the kvshare backend ...", flush=True)
     with server.running([*arguments, "--log-level", "warning"], log=folder / "eval-server.log") as url:
         client = Client(url)
+        chosen = fitting(chosen, render, client.context_length())
         warm_up = client.generate(render(chosen[0].donors[0]), new_tokens=4, namespace="warm-up")
         layers, config = warm_up.report["layers"], KVShareConfig.load()
         columns = methods.resolve(method_names, ratios, layers, config)
         settings = {
             "model": path.name,
-            "layers": layers,
             "cases": len(chosen),
             "tasks": list(task_names),
             "methods": {c.name: {"family": c.family, "budget": c.budget, "reuse": c.reuse} for c in columns},
             "ratios": list(ratios),
             "donors": donors,
-            "answer_tokens": ANSWER_TOKENS,
-            "seed": SEED,
-            "resamples": RESAMPLES,
-            "texts": texts.digest(texts.library()),
             "server_arguments": [a for a in arguments if a != str(path)],
             "server_settings": config.describe(),
-            "versions": {n: version(n) for n in ("kvshare-sched", "sglang", "torch", "transformers", "numpy")},
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "layers": layers,
+            **_circumstances(),
         }
         print(_measure(Bench(client, render), chosen, columns, folder, settings))
     return 0
+
+
+def _circumstances() -> dict:
+    """What else a repetition needs to be the same; nothing in it depends on the day."""
+    return {
+        "answer_tokens": ANSWER_TOKENS,
+        "seed": SEED,
+        "resamples": RESAMPLES,
+        "texts": texts.digest(texts.library()),
+        "versions": {n: version(n) for n in ("kvshare-sched", "sglang", "torch", "transformers", "numpy")},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
 
 
 def _measure(bench: Bench, chosen: list[Case], columns: list[methods.Method], folder: Path, settings: dict) -> str:
@@ -107,6 +117,19 @@ def deal(task_names: Sequence[str], count: int, donors: int) -> list[Case]:
     if not dealt:
         raise ConfigError(f"no case in {', '.join(task_names)} for --cases {count}; give at least one.")
     return list(islice(dealt, count))
+
+
+def fitting(cases: list[Case], render: Callable[[Prompt], list[int]], context_length: int) -> list[Case]:
+    """The cases whose prompts all leave room for an answer; says how many do not. Raises ConfigError for none."""
+    room = context_length - 2 * ANSWER_TOKENS
+    found = [c for c in cases if all(len(render(p)) <= room for p in (c.target, *c.donors))]
+    if not found:
+        raise ConfigError(
+            f"no case fits into the model's {context_length} tokens; take shorter texts or another model."
+        )
+    if len(found) < len(cases):
+        print(f"{len(cases) - len(found)} of {len(cases)} cases are longer than {room} tokens and left out", flush=True)
+    return found
 
 
 def renderer(path: Path) -> Callable[[Prompt], list[int]]:

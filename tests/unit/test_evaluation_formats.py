@@ -76,6 +76,20 @@ def test_a_file_stands_beside_tasks_and_gives_its_turn_when_used_up(tmp_path):
     assert [c.task for c in run.deal([str(path), "fact"], 4, 1)] == ["hotpotqa", "fact", "fact", "fact"]
 
 
+def test_cases_longer_than_the_model_takes_are_left_out_aloud(tmp_path, capsys):
+    long = LONGBENCH | {"context": "word " * 500}
+    cases = read(write(tmp_path / "q.jsonl", LONGBENCH, long))
+
+    def render(prompt):
+        return prompt.user.split()
+
+    assert run.fitting(cases, render, 200) == cases[:1]
+    assert "1 of 2 cases" in capsys.readouterr().out
+    assert run.fitting(cases, render, 5000) == cases and not capsys.readouterr().out
+    with pytest.raises(ConfigError, match="60 tokens"):
+        run.fitting(cases, render, 60)
+
+
 @pytest.mark.parametrize(("names", "count"), [(["fcat"], 2), (["fact"], 0)])
 def test_nothing_to_do_is_said(names, count):
     with pytest.raises(ConfigError):

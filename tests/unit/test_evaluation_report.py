@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from kvshare_sched.evaluation import report
+from kvshare_sched.evaluation import report, run
 from kvshare_sched.evaluation.measure import computed_share
 from kvshare_sched.evaluation.statistics import gap_recovered, geometric_ratio, mean_interval
 
@@ -125,3 +125,21 @@ def test_a_report_without_task_scores_is_still_a_report():
     summary = report.summarise(ROWS[2:])
     assert summary["default"]["task_score"] is None and summary["default"]["task_score_gap_high"] is None
     assert summary["no_context"]["cases"] == 0 and "-" in report.progress(ROWS[2])
+
+
+class Breaking:
+    """A bench whose second case fails."""
+
+    def __init__(self):
+        self.rows = iter(ROWS[:1])
+
+    def run(self, case, methods):
+        return next(self.rows)
+
+
+def test_an_interruption_loses_one_case_only(tmp_path):
+    with pytest.raises(StopIteration):
+        run._measure(Breaking(), [None, None, None], [], tmp_path, SETTINGS)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["settings"]["cases"] == 1 and data["summary"]["default"]["cases"] == 1
+    assert (tmp_path / "report.md").exists()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from kvshare_sched.evaluation import report, run
+from kvshare_sched.evaluation import figures, report, run
 from kvshare_sched.evaluation.measure import computed_share
 from kvshare_sched.evaluation.statistics import gap_recovered, geometric_ratio, mean_interval
 
@@ -86,7 +86,7 @@ SETTINGS = {
 
 
 def test_figures_of_the_summary():
-    summary = report.summarise(ROWS)
+    summary = figures.summarise(ROWS)
     own = summary["default"]
     assert own["kl_mean"] == pytest.approx(0.04) and own["kl_median"] == pytest.approx(0.04)
     assert own["kl_p90"] == pytest.approx(0.056) and own["kl_first_mean"] == pytest.approx(0.02)
@@ -103,7 +103,7 @@ def test_figures_of_the_summary():
 
 
 def test_comparison_is_within_a_budget_and_says_when_cells_differ():
-    found = {c["method"]: c for c in report.assemble(SETTINGS, ROWS)["comparison"]}
+    found = {c["method"]: c for c in figures.assemble(SETTINGS, ROWS)["comparison"]}
     assert found.keys() == {"epic", "epic@0.25"}
     assert found["epic"]["against"] == "kvshare" and found["epic"]["equal_cells"]
     assert found["epic"]["kl_ratio"] == pytest.approx(2) and found["epic"]["kl_ratio_low"] == pytest.approx(2)
@@ -122,7 +122,7 @@ def test_all_three_files(tmp_path):
 
 
 def test_a_report_without_task_scores_is_still_a_report():
-    summary = report.summarise(ROWS[2:])
+    summary = figures.summarise(ROWS[2:])
     assert summary["default"]["task_score"] is None and summary["default"]["task_score_gap_high"] is None
     assert summary["no_context"]["cases"] == 0 and "-" in report.progress(ROWS[2])
 

@@ -1,10 +1,13 @@
-.PHONY: setup demo test check serve
+.PHONY: setup demo eval test check serve
 
 setup:            ## .venv with stock SGLang and the embedded model; returns at once when it is there
 	@bash scripts/setup.sh
 
 demo: setup       ## the main job: stock SGLang, real model, reuse off and on side by side
 	@.venv/bin/kvshare demo
+
+eval: setup       ## answer quality of every method on real text, small version (some 15 minutes); out/eval
+	@.venv/bin/kvshare eval --cases 24
 
 test: setup       ## everything: unit, property, ops, contract, then end-to-end on the real server
 	@.venv/bin/python -m pytest -q tests

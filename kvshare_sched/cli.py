@@ -8,10 +8,15 @@ import sys
 
 from kvshare_sched import __version__
 from kvshare_sched.errors import KVShareError
+from kvshare_sched.evaluation.methods import METHODS
+from kvshare_sched.evaluation.tasks import TASKS
 
 _SERVE_HELP = """start stock SGLang; every SGLang argument passes through, kvshare only fills in defaults:
 --radix-cache-backend kvshare, --enable-metrics and, without a GPU, --device cpu, --dtype float32,
 --attention-backend kvshare_cpu, and the embedded model when no --model-path is given"""
+
+_EVAL_HELP = """compare every method with full prefill over the same donors, on one server: KL, task scores with
+confidence intervals, computed cells, times; what is not an option below is passed to SGLang"""
 
 
 def _serve(options, rest: list[str]) -> int:
@@ -46,6 +51,29 @@ def _demo(options, rest: list[str]) -> int:
     return demo.run(cases=options.cases, out=options.out)
 
 
+def _eval(options, rest: list[str]) -> int:
+    from kvshare_sched.evaluation import run
+
+    return run.run(
+        cases=options.cases,
+        task_names=options.tasks,
+        method_names=options.methods,
+        ratios=options.ratios,
+        donors=options.donors,
+        model_path=options.model_path,
+        out=options.out,
+        server_arguments=rest,
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in _names(text)]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvshare", description="Non-prefix KV reuse for SGLang.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -56,6 +84,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--cases", type=int, default=8, help="prompts; half of 2,000 and half of 4,000 tokens")
     demo.add_argument("--out", default="out", help="folder for demo.json and the picture")
     demo.set_defaults(run=_demo, passes_through=False)
+    quality = commands.add_parser(
+        "eval", help="answer quality of every method against full prefill", description=_EVAL_HELP
+    )
+    quality.add_argument("--cases", type=int, default=60, help="dealt to the tasks in turn")
+    quality.add_argument("--tasks", type=_names, default=list(TASKS), help=f"of {','.join(TASKS)}; or .jsonl files")
+    quality.add_argument("--methods", type=_names, default=list(METHODS), help=f"of {','.join(METHODS)}")
+    quality.add_argument("--ratios", type=_numbers, default=[0.1, 0.25], help="of kvshare; the first is the main one")
+    quality.add_argument("--donors", type=int, default=4, help="earlier contexts of each document")
+    quality.add_argument("--model-path", help="a model folder; without it the embedded model")
+    quality.add_argument("--out", default="out/eval", help="folder for report.json, report.md and frontier.png")
+    quality.set_defaults(run=_eval, passes_through=True)
     model = commands.add_parser("model", help="prepare the embedded model, once")
     model.add_argument("--print-path", action="store_true", help="print its folder as the last line of stdout")
     model.set_defaults(run=_model, passes_through=False)

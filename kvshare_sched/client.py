@@ -21,6 +21,7 @@ class Answer:
     text: str
     report: dict  # meta_info["kvshare"], empty when the server has none
     prompt_tokens: int
+    tpot_s: float | None = None  # mean time between two tokens after the first; None for one token
 
 
 class Client:
@@ -50,24 +51,32 @@ class Client:
     def generate(self, prompt, *, new_tokens: int, namespace: str, reuse: bool | dict = True) -> Answer:
         """Greedy answer, streamed. prompt: text or token ids."""
         body = self._body(prompt, new_tokens, namespace, reuse, stream=True)
-        started, first, last = time.perf_counter(), None, {}
+        started, first, latest, last = time.perf_counter(), None, 0.0, {}
         with self.post("/generate", body, stream=True) as response:
             for line in response.iter_lines():
                 if line.startswith(b"data: {"):
-                    first = first or time.perf_counter()
+                    latest = time.perf_counter()
+                    first = first or latest
                     last = json.loads(line[6:])
-        meta = last["meta_info"]
+        meta, count = last["meta_info"], len(last["output_ids"])
         return Answer(
             first - started,
             tuple(last["output_ids"]),
             last["text"],
             meta.get("kvshare", {}),
             meta["prompt_tokens"],
+            (latest - first) / (count - 1) if count > 1 else None,
         )
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids as the server sees them."""
         return self.post("/tokenize", {"prompt": prompt, "model": "any"}).json()["tokens"]
+
+    def context_length(self) -> int:
+        """Tokens a request may have, prompt and answer together."""
+        response = self._http.get(f"{self.url}/v1/models", timeout=60)
+        response.raise_for_status()
+        return response.json()["data"][0]["max_model_len"]
 
     def _teacher_forced(self, prompt: list[int], answer, namespace, reuse, **wanted) -> dict:
         body = self._body(
@@ -94,6 +103,14 @@ class Client:
         meta = self._teacher_forced(prompt, answer, namespace, reuse, token_ids_logprob=ids)
         rows = [[entry[0] for entry in row] for row in meta["input_token_ids_logprobs"] if row]
         return rows, meta.get("kvshare", {})
+
+    def first_log_probabilities(
+        self, prompt: list[int], ids: list[int], namespace: str, *, reuse: bool | dict
+    ) -> tuple[list[float], dict]:
+        """log p of each of `ids` as the token after the prompt, and the report; the request holds no answer."""
+        body = self._body(prompt, 1, namespace, reuse, return_logprob=True, token_ids_logprob=ids)
+        meta = self.post("/generate", body).json()["meta_info"]
+        return [entry[0] for entry in meta["output_token_ids_logprobs"][0]], meta.get("kvshare", {})
 
 
 def kl_divergence(reference: list[list[float]], other: list[list[float]]) -> float:

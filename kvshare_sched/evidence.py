@@ -35,18 +35,23 @@ class Chunk:
     forced: np.ndarray  # bool [end - start], reused rows that are recomputed in any case
 
     @property
-    def fresh(self) -> np.ndarray:
-        """Batch rows without a donor, int64 ascending."""
-        return np.flatnonzero(~self.reused) + self.row
+    def asking(self) -> np.ndarray:
+        """Batch rows without a donor up to the end of the question, int64 ascending.
+
+        A continuation that the client wants scored is left out: it must not choose what it is scored against.
+        """
+        rows = np.flatnonzero(~self.reused)
+        return rows[rows + self.start < self.session.asks_until] + self.row
 
     @property
     def looks(self) -> bool:
         """A first pass of the fresh rows shows who is looked at; it must not cost more than it can save."""
-        strategy, fresh = self.session.strategy, len(self.fresh)
-        if strategy.first_pass is None or self.everything or not fresh:
+        strategy, asking = self.session.strategy, len(self.asking)
+        if strategy.first_pass is None or self.everything or not asking:
             return False
         chosen = int(self.forced.sum()) + self.budget(self.session.config.ratio)
-        return 2 * fresh + chosen <= len(self.reused)
+        fresh = len(self.reused) - int(self.reused.sum())
+        return asking + fresh + chosen <= len(self.reused)
 
     @property
     def everything(self) -> bool:
@@ -149,14 +154,14 @@ class Witness:
 
     @contextlib.contextmanager
     def looks(self, layers: range, view, chunks: list[Chunk]) -> Iterator[list[torch.Tensor]]:
-        """While the fresh rows pass through `layers` inside the block, each chunk's tensor fills with the attention
+        """While the asking rows pass through `layers` inside the block, each chunk's tensor fills with the attention
         that its positions [0, end) receive from the last of them: mean over heads, sum over rows and layers,
         float32 [end]. The last rows are the question and the turn to answer.
 
-        view: the batch of the chunks' fresh rows, in the chunks' order.
+        view: the batch of the chunks' asking rows, in the chunks' order.
         """
         mass = [torch.zeros(c.end, dtype=torch.float32, device=view.positions.device) for c in chunks]
-        edges = np.cumsum([0, *(len(c.fresh) for c in chunks)]).tolist()
+        edges = np.cumsum([0, *(len(c.asking) for c in chunks)]).tolist()
         sequences = np.searchsorted(np.cumsum(view.extend_seq_lens_cpu), edges[:-1], side="right")
         slots = [
             self.req_to_token[view.req_pool_indices[int(s)], : c.end].long()

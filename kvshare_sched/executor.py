@@ -136,7 +136,7 @@ class Executor:
             session.recomputed += int((ran & chunk.reused).sum())
             if session.repair is not None:
                 session.repair.stale[chunk.start : chunk.end] = chunk.reused & ~ran
-            looking = len(chunk.fresh) * chunk.session.strategy.first_pass(depth).stop if chunk.looks else 0
+            looking = len(chunk.asking) * chunk.session.strategy.first_pass(depth).stop if chunk.looks else 0
             session.cells += n + looking
             session.copy_s += (copied - started) / len(chunks)
             session.recompute_s += spent / len(chunks)
@@ -163,7 +163,7 @@ class Executor:
         if not looking:
             return {}
         layers = looking[0].session.strategy.first_pass(len(self.layers))
-        rows = np.concatenate([c.fresh for c in looking])
+        rows = np.concatenate([c.asking for c in looking])
         view = self._select(batch, input_ids, positions, rows)
         with self.witness.looks(layers, view, looking) as mass:
             self._span(view, 0, layers.stop)

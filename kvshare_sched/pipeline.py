@@ -43,6 +43,7 @@ class Session:
     plan: ReusePlan | None
     reason: Reason
     namespace: Namespace | None = None  # None for a request that cannot take part
+    asks_until: int = 0  # prompt tokens before those a client wants scored: the question ends here
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     leases: dict[int, DonorLease] = field(default_factory=dict)
@@ -142,8 +143,9 @@ class Pipeline:
         started = time.perf_counter()
         config, plan, outcome, discovered = self.config, None, Outcome.ORDINARY, 0
         leases: dict[int, DonorLease] = {}
-        namespace, wished, repair = None, False, None
+        namespace, wished, repair, asks_until = None, False, None, prompt_len
         if isinstance(view, RequestView):
+            asks_until = min(prompt_len, view.fresh_from + 2)  # fresh_from is two before the first scored token
             namespace, wished = view.namespace, not {"preset", "strategy", "ratio"}.isdisjoint(view.wishes)
         if isinstance(view, Reason):
             reason = view
@@ -178,7 +180,7 @@ class Pipeline:
         exact_len = min(exact_len, prompt_len)
         session = Session(rid, prompt_len, exact_len, config, plan, reason, leases=leases, outcome=outcome)
         session.discovered, session.repair = discovered, repair
-        session.namespace, session.wished = namespace, wished
+        session.namespace, session.wished, session.asks_until = namespace, wished, asks_until
         session.match_s = time.perf_counter() - started
         return session
 

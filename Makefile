@@ -7,7 +7,7 @@ demo: setup       ## the main job: stock SGLang, real model, reuse off and on si
 	@.venv/bin/kvshare demo
 
 eval: setup       ## answer quality of every method on real text, small version (some 15 minutes); out/eval
-	@.venv/bin/kvshare eval --cases 24
+	@.venv/bin/kvshare eval --cases 24 --ratios 0.15 --methods naive,random,epic,cacheblend,kvshare,default,quality,speed
 
 test: setup       ## everything: unit, property, ops, contract, then end-to-end on the real server
 	@.venv/bin/python -m pytest -q tests

@@ -18,6 +18,10 @@ METHODS: dict[str, dict[str, object]] = {
     "cacheblend": {"strategy": "cacheblend"},
     "kvshare": {"strategy": "kvshare"},
     "default": {},
+    "quality": {"preset": "quality"},
+    "speed": {"preset": "speed"},
+    "default+repair": {"repair_rows": 3, "repair_order": "attention"},
+    "kvshare+repair": {"strategy": "kvshare", "repair_rows": 3, "repair_order": "attention"},
 }
 _YARDSTICK = "kvshare"  # its ratio is the one a user gives; the others get as many cells
 

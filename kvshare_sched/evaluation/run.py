@@ -47,7 +47,9 @@ def run(
     arguments = server.fill_defaults(["--model-path", str(path), *server_arguments, *pool])
     render = renderer(path)
     print("starting stock SGLang with the kvshare backend ...", flush=True)
-    with server.running([*arguments, "--log-level", "warning"], log=folder / "eval-server.log") as url:
+    # An audit would leave the exact KV of a prompt behind that the next method is to reuse.
+    environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, folder / "eval-server.log"
+    with server.running([*arguments, "--log-level", "warning"], env=environment, log=log) as url:
         client = Client(url)
         chosen = fitting(chosen, render, client.context_length())
         warm_up = client.generate(render(chosen[0].donors[0]), new_tokens=4, namespace="warm-up")

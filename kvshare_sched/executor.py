@@ -160,9 +160,9 @@ class Executor:
         The fresh rows' KV is written on the way, and again in the pass that counts.
         """
         looking = [c for c in chunks if c.looks]
-        if not looking:
+        layers = looking[0].session.strategy.first_pass(len(self.layers)) if looking else range(0)
+        if not layers:
             return {}
-        layers = looking[0].session.strategy.first_pass(len(self.layers))
         rows = np.concatenate([c.asking for c in looking])
         view = self._select(batch, input_ids, positions, rows)
         with self.witness.looks(layers, view, looking) as mass:

@@ -130,3 +130,16 @@ def test_random_is_seeded_and_spreads():
 @pytest.mark.parametrize("name", names())
 def test_naive_forces_nothing_and_the_others_the_configured_head(name):
     assert get(name).forced_head(config(forced_head=7)) == (0 if name == "naive" else 7)
+
+
+def test_consensus_wants_tokens_looked_at_and_uncertain():
+    score = get("consensus").score
+    found = score(evidence(4, alpha=torch.tensor([0.0, 4.0, 1.0, 4.0]), spread=torch.tensor([5.0, 1.0, 1.0, 0.0])))
+    assert found.tolist() == [0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("layers", [3, 4, 6, 30, 80])
+def test_the_first_pass_stops_before_the_last_layers(layers):
+    looked_at = get("consensus").first_pass(layers)
+    assert looked_at and looked_at[0] == layers // 2 and looked_at[-1] < looked_at.stop < layers
+    assert get("consensus").first_pass(2).stop == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from kvshare_sched import __version__
@@ -105,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code. Known errors are one readable line."""
+    # Leave through the `with` blocks, so that a server we started is stopped when we are.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if rest and not options.passes_through:

@@ -169,7 +169,7 @@ class Pipeline:
                     if config.repair_rows:
                         repair = RepairQueue(view.token_ids, config.repair_rows, config.repair_order)
             except ConfigError as problem:
-                logger.warning("kvshare: request %s: %s Ordinary prefill.", rid, problem)
+                logger.warning("kvshare: wish of request %s refused, ordinary prefill: %s", rid, problem)
                 reason = Reason.BAD_SETTING
             except _DonorLost:
                 reason = Reason.DONOR_LOST

@@ -81,7 +81,7 @@ class Server(Client):
         assert requests.get(f"{self.url}/health", timeout=60).status_code == 200
         text = self.log.read_text(errors="replace")
         complaints = re.findall(
-            r".*(?:memory leak|Traceback|kvshare: (?:\w+ failed|no report|request|could not)).*",
+            r".*(?:memory leak|Traceback|kvshare: (?:\w+ failed|no report|request |could not)).*",
             text,
         )
         assert not complaints, complaints[:3]

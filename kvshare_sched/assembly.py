@@ -16,9 +16,9 @@ from kvshare_sched.evidence import Chunk
 from kvshare_sched.pipeline import Pipeline, Session
 from kvshare_sched.types import Segment
 
-# Spread taken for a text with one donor in a foreign context, some twice the usual one of several donors: one
-# donor is further from the truth than the mean of four.
-_LONE_SPREAD = 0.03
+# Spread a measured layer, taken for text with one donor in a foreign context: some twice the usual one of several
+# donors, because one donor is further from the truth than their mean.
+_LONE_SPREAD = 0.006
 _OWN_NOISE = 0.1  # a donor with the very same left context weighs 1 / this against 1 / (1 + this) for a foreign one
 
 
@@ -53,7 +53,7 @@ class Assembly:
                     spread[chunk.row][low : low + segment.length] = self._copy_mean(session, segment, target)
                 else:
                     runs.append((lease.slots[segment.donor_start : segment.donor_end], target, segment.shift))
-                    spread[chunk.row][low : low + segment.length] = _LONE_SPREAD * segment.foreign
+                    spread[chunk.row][low : low + segment.length] = self._lone_spread(session, segment)
         for first, runs in by_first_layer.items():
             copy_rotate(self.keys[first:], self.values[first:], runs, self.cos_sin, neox=self.neox)
         return spread
@@ -63,11 +63,21 @@ class Assembly:
         weights = np.zeros((len(segment.places), segment.length), np.float32)
         for row, place in zip(weights, segment.places, strict=True):
             row[place.start - segment.start : place.end - segment.start] = 1 / (_OWN_NOISE + place.foreign)
+        alone = torch.from_numpy((weights > 0).sum(axis=0) == 1).to(target.device)  # parts that only one donor has
         weights = torch.from_numpy(weights / weights.sum(axis=0)).to(target.device)
         parts = []
         for weight, place in zip(weights, segment.places, strict=True):
             low = place.start - segment.start
             source = session.leases[place.donor_id].slots[place.donor_start : place.donor_end]
             parts.append((source, low, place.shift, weight[low : low + place.length]))
-        measured = session.strategy.first_pass(len(self.keys))
-        return copy_mean(self.keys, self.values, target, parts, self.cos_sin, neox=self.neox, measured=measured)
+        measured = self._measured(session)
+        spread = copy_mean(self.keys, self.values, target, parts, self.cos_sin, neox=self.neox, measured=measured)
+        return spread.masked_fill_(alone, self._lone_spread(session, segment))
+
+    def _measured(self, session: Session) -> range:
+        """Layers where the donors' keys are compared."""
+        first_pass = session.strategy.first_pass
+        return (first_pass(len(self.keys)) if first_pass else None) or range(len(self.keys))
+
+    def _lone_spread(self, session: Session, segment: Segment) -> float:
+        return _LONE_SPREAD * len(self._measured(session)) * segment.foreign

@@ -61,7 +61,7 @@ class Auditor:
     """Chooses, captures, queues and settles audits of one engine; the controller learns from them."""
 
     def __init__(self, config: KVShareConfig, shut: Callable[[int], None], metrics=None):
-        self.share = config.audit_share
+        self.share, self.repair_rows = config.audit_share, config.repair_rows
         self.controller = Controller(config.ratio, config.target_kl)
         self.agree: Callable = lambda found: found  # rank 0's object on every rank
         self.queue: deque[Audit] = deque()
@@ -76,9 +76,9 @@ class Auditor:
     # ---- settings of a request ----
 
     def settings(self, config: KVShareConfig, namespace: Namespace) -> KVShareConfig:
-        """The configuration with the ratio its tenant has arrived at."""
+        """The configuration with the ratio its tenant has arrived at; a server told to recompute everything does."""
         ratio = self.controller.ratio(tenant_of(namespace))
-        return config if ratio == config.ratio else config.for_request({"ratio": ratio})
+        return config if ratio == config.ratio or config.ratio >= 1 else config.for_request({"ratio": ratio})
 
     def refuses(self, namespace: Namespace) -> bool:
         """Reuse is off for this tenant."""
@@ -101,8 +101,10 @@ class Auditor:
         if session.outcome is not Outcome.REUSED or not self._chosen(tenant := tenant_of(session.namespace)):
             return
         config = session.config
+        # An answer repaired on the way says nothing about those that are not.
+        wished = session.wished or config.repair_rows != self.repair_rows
         self._captures[session.rid] = Capture(
-            *(tenant, config.strategy, config.ratio, session.wished),
+            *(tenant, config.strategy, config.ratio, wished),
             donors=tuple(sorted(session.leases)),
             prompt_len=session.prompt_len,
         )
@@ -136,6 +138,10 @@ class Auditor:
             except Exception:
                 logger.exception("kvshare: the logits of request %s could not be kept for its audit", rid)
                 capture.broken = True
+
+    def abandoned(self, rid: str) -> None:
+        """Reuse of this request failed half-way: its answer says nothing about reuse."""
+        self._drop(rid, "abandoned")
 
     def watches(self, rid: str) -> bool:
         """Whether `finished` wants to hear of this request."""

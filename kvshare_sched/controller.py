@@ -116,7 +116,7 @@ class Controller:
         state.memory = min(2 * state.memory, _MISSED_AT_MOST) if state.missed_for else _MISSED_FOR
         state.missed, state.missed_for = state.ratio, state.memory
         if state.ratio < self.high:
-            self._move(tenant, state, min(self.high, _UP * state.ratio), mean)
+            self._move(tenant, state, min(self.high, max(LOWEST, _UP * state.ratio)), mean)
             return
         state.off, state.trial, state.refused = True, False, 0
         state.recent.clear()

@@ -186,6 +186,7 @@ class Executor:
         view = copy.copy(batch)
         view.input_ids, view.positions = input_ids, positions
         if keep.all():
+            self.model_runner.attn_backend.init_forward_metadata(view)  # a first pass may have left its own
             return view, None
         rows = np.flatnonzero(keep)
         return self._select(batch, input_ids, positions, rows), rows

@@ -25,6 +25,7 @@ AUDIT_RESULTS = (
     ("failed", "capture"),  # the approximate logits could not be kept
     ("failed", "reference"),  # the full prefill gave nothing to compare
     ("dropped", "retracted"),
+    ("dropped", "abandoned"),  # reuse failed half-way
     ("dropped", "no_answer"),  # nothing was sent that could be compared
     ("dropped", "queue_full"),
     ("dropped", "no_room"),

@@ -261,8 +261,10 @@ class Pipeline:
         session.reason, session.repair = Reason.ERROR, None
         kept = tuple(session.plan.clip(0, session.done_upto)) if session.plan is not None else ()
         session.plan = replace(session.plan, segments=kept) if kept else None
+        self.auditor.abandoned(session.rid)
         if session.plan is None:
             session.outcome = Outcome.ORDINARY
+            self._report(session)
 
     def report_of(self, session: Session) -> ShareReport:
         """What is known about a request by now."""

@@ -73,8 +73,9 @@ class Segment:
 
     @property
     def foreign(self) -> float:
-        """Share of the prompt's text before this run that the donor did not see before it, 0 to 1."""
-        return max(0.0, 1 - self.context / self.start) if self.start else 0.0
+        """Share of what stands before this run, in the prompt or in the donor, that the other does not have, 0 to 1."""
+        before = max(self.start, self.donor_start)
+        return max(0.0, 1 - self.context / before) if before else 0.0
 
     @property
     def places(self) -> tuple[Segment, ...]:

@@ -18,7 +18,7 @@ from kvshare_sched.types import Segment
 
 _MAX_DIAGONALS = 64  # (donor, offset) pairs examined in full: keeps a lookup linear in the prompt
 _MAX_GAP = 64  # tokens between two runs of a donor that still count as one left context
-_LOOK_BACK = 512  # tokens before `start` (exact KV) that still count as left context
+_CONTEXT_RUN = 16  # shorter agreements before `start` (exact KV) are chance, not left context
 
 
 def find_segments(
@@ -43,6 +43,7 @@ def find_segments(
     # Two runs over one position keep their order of agreement along their whole overlap (both grow by one a
     # token), so the runs can simply be painted in that order. Ties: longer, then the newer donor. A stretch
     # too short to be used takes nothing from the runs after it.
+    runs = [r for r in runs if r.end > start]
     order = sorted(runs, key=lambda r: (r.start - context[r], -r.length, -r.donor_id, r.donor_start))
     taken = np.zeros(max(0, end - start), bool)
     segments = []
@@ -52,26 +53,30 @@ def find_segments(
         for a, b in zip((edges[::2] + low).tolist(), (edges[1::2] + low).tolist(), strict=True):
             if b - a >= min_run:
                 taken[a - start : b - start] = True
-                segments.append((run, replace(run, context=context[run]).clip(a, b)))
+                segments.append(replace(run, context=context[run]).clip(a, b))
     chosen = (
-        replace(s, others=_others(run, s, order, context, min_run, donors - 1)) if donors > 1 else s
-        for run, s in segments
+        replace(s, others=_others(s, order, context, donor_tokens, min_run)[: donors - 1]) if donors > 1 else s
+        for s in segments
     )
     return tuple(sorted(chosen, key=lambda s: s.start))
 
 
-def _others(chosen: Segment, segment: Segment, order, context, min_run: int, count: int) -> tuple[Segment, ...]:
-    """Up to `count` other donors of a segment's text, each for at least `min_run` of its tokens."""
+def _others(segment: Segment, order, context, donor_tokens, min_run: int) -> tuple[Segment, ...]:
+    """Other donors of a segment's text, each for at least `min_run` of its tokens; the widest first, then by context.
+
+    A donor that is another name for the same path of the tree (the next turn of a conversation) is none.
+    """
     found: dict[int, Segment] = {}
     for run in order:
-        if len(found) == count:
-            break
-        if run.donor_id == chosen.donor_id or run.donor_id in found:
-            continue
         part = replace(run, context=context[run]).clip(segment.start, segment.end)
-        if part is not None and part.length >= min_run:
-            found[run.donor_id] = part
-    return tuple(found.values())
+        if part is None or part.length < min_run or run.donor_id == segment.donor_id or run.donor_id in found:
+            continue
+        if part.shift == segment.shift:
+            ours, theirs = donor_tokens(segment.donor_id), donor_tokens(run.donor_id)
+            if np.array_equal(ours[: part.donor_end], theirs[: part.donor_end]):
+                continue
+        found[run.donor_id] = part
+    return tuple(sorted(found.values(), key=lambda part: -part.length))
 
 
 def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:
@@ -83,7 +88,7 @@ def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:
     runs = []
     for donor_id, offset in chosen:
         donor = donor_tokens(donor_id)
-        low, high = max(0, start - _LOOK_BACK, -offset), min(end, len(donor) - offset)
+        low, high = max(0, -offset), min(end, len(donor) - offset)
         if low >= high:
             continue
         equal = tokens[low:high] == donor[low + offset : high + offset]
@@ -95,6 +100,10 @@ def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:
             a, b = int(starts[i]), int(stops[i])
             if b > start and any(a <= p < b for p in by_diagonal[donor_id, offset]):
                 runs.append(Segment(donor_id, a + offset, a, b - a))
+        # What agrees before `start` lends nothing, but it is left context.
+        before = np.flatnonzero((stops <= start) & (stops - starts >= _CONTEXT_RUN))
+        for a, b in zip(starts[before].tolist(), stops[before].tolist(), strict=True):
+            runs.append(Segment(donor_id, a + offset, a, b - a))
     return runs
 
 

@@ -147,3 +147,10 @@ def test_a_harmful_donor_is_shut_after_two_audits_and_others_are_kept():
     assert controller.charge((1, 2), 5.5 * TARGET) == [1]
     assert controller.charge((2,), 4 * TARGET) == []
     assert controller.charge((1,), 6 * TARGET) == []  # its account is closed: it starts afresh
+
+
+def test_a_ratio_of_nothing_climbs_too():
+    controller = Controller(0.0, 0.03)
+    for _ in range(200):
+        controller.audited("a", controller.ratio("a"), 1.0)
+    assert controller.is_off("a")

@@ -284,3 +284,34 @@ def test_context_counts_what_precedes_in_prompt_and_donor_alike():
     found = library.segments(prompt)
     assert [(s.start, s.context) for s in found] == [(30, 0), (65, 30), (95, 0)]
     assert [s.foreign for s in found] == [1.0, 1 - 30 / 65, 1.0]
+
+
+def test_another_name_for_the_same_path_is_no_other_donor():
+    first = join(text(5), text(1), text(2))
+    library = Library(first, join(first, text(3)))  # the next turn of the same conversation
+    prompt = join(text(9), text(1), text(2), text(3))
+    (found,) = find_segments(
+        prompt, library.index.hits(HERE, prompt), library.tokens, donors=4, start=0, end=len(prompt), min_run=MIN_RUN
+    )
+    assert (found.length, found.others) == (90, ())
+
+
+def test_the_widest_other_donor_comes_first():
+    library = Library(
+        join(text(5), text(1), text(2)), join(text(6), text(1)[:10]), join(text(7), text(1), text(2)[:20])
+    )
+    prompt = join(text(9), text(1), text(2))
+    (found,) = find_segments(
+        prompt, library.index.hits(HERE, prompt), library.tokens, donors=2, start=0, end=len(prompt), min_run=MIN_RUN
+    )
+    chosen = library.ids.index(found.donor_id)
+    assert [library.ids.index(o.donor_id) for o in found.others] == [2 - chosen] and found.others[0].length >= 50
+
+
+def test_the_exact_prefix_is_left_context_over_a_short_gap():
+    library = Library(join(text(5), text(8, 6), text(1)), join(text(6), text(8, 6), text(1)))
+    prompt = join(text(5), text(9, 6), text(1))
+    for start in (30, 33):  # the exact prefix ends before, or inside, the changed heading
+        (found,) = library.segments(prompt, start=start)
+        assert (library.ids.index(found.donor_id), found.start, found.context) == (0, 36, 30)
+        assert found.foreign == 1 - 30 / 36

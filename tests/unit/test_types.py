@@ -152,6 +152,8 @@ def test_foreign_share_of_the_left_context():
     assert Segment(1, 0, 100, 5).foreign == 1
     assert Segment(1, 0, 100, 5, context=75).foreign == 0.25
     assert Segment(1, 0, 100, 5, context=120).foreign == 0
+    assert Segment(1, 300, 0, 5).foreign == 1  # the donor saw 300 tokens that the prompt does not have
+    assert Segment(1, 400, 100, 5, context=100).foreign == 0.75
 
 
 def test_doubt_counts_tokens_by_the_foreign_share_of_their_context():

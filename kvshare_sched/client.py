@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
+import statistics
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import requests
+
+from kvshare_sched.divergence import bucketed_kl
 
 _TOP = 128  # ids of each reference position whose probabilities are compared one by one
 
@@ -115,10 +118,5 @@ class Client:
 
 def kl_divergence(reference: list[list[float]], other: list[list[float]]) -> float:
     """Mean KL(reference || other) in nats over positions; ids beyond the compared ones form one bucket."""
-    total = 0.0
-    for p_row, q_row in zip(reference, other, strict=True):
-        p_rest = max(1e-9, 1 - math.fsum(math.exp(x) for x in p_row))
-        q_rest = max(1e-9, 1 - math.fsum(math.exp(x) for x in q_row))
-        total += math.fsum(math.exp(p) * (p - q) for p, q in zip(p_row, q_row, strict=True))
-        total += p_rest * math.log(p_rest / q_rest)
-    return total / len(reference)
+    pairs = zip(np.asarray(reference, np.float64), np.asarray(other, np.float64), strict=True)
+    return statistics.fmean(bucketed_kl(p, q) for p, q in pairs)

@@ -185,8 +185,7 @@ class Executor:
         """The batch as layer 0 shall see it, and its rows in the original batch (None for all)."""
         view = copy.copy(batch)
         view.input_ids, view.positions = input_ids, positions
-        if keep.all():
-            self.model_runner.attn_backend.init_forward_metadata(view)  # a first pass may have left its own
+        if keep.all():  # the batch's own attention plan stands: a first pass only happens where rows are dropped
             return view, None
         rows = np.flatnonzero(keep)
         return self._select(batch, input_ids, positions, rows), rows

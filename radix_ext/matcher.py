@@ -33,7 +33,8 @@ def find_segments(
 ) -> tuple[Segment, ...]:
     """Disjoint ascending segments inside tokens[start:end], each at least `min_run` long.
 
-    With `donors` > 1 a segment names up to that many donors of its text, the best left context first.
+    With `donors` > 1 a segment names up to that many donors of its text: the one with the best left context, then
+    those that hold most of it.
 
     tokens int [prompt_len]; hits as given by `SegmentIndex.hits`; donor_tokens(id) the donor's ids. Every
     segment's ids are equal to its donor's: hashes only nominate. Deterministic for equal inputs.

@@ -1,6 +1,6 @@
 """Consensus: several donors' mean stands in; what the fresh rows look at and the donors disagree on is recomputed.
 
-Ours, built from what was measured (README, "Settings"): (1) the mean of two donors, weighted by how well their left
+Ours, built from what was measured (benchmarks/README.md): (1) the mean of two donors, weighted by how well their left
 context agrees, is mostly closer to full prefill than one of them, and safer than the mean of four; (2) how far the
 donors are apart tells which tokens depend on their context, before the request comes; (3) a token nobody looks at
 does no harm, and the rows that will look are the fresh ones: a first pass of them over the assembled KV costs their

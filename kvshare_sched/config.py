@@ -22,6 +22,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "balanced": {"strategy": "consensus", "ratio": 0.15},
     "speed": {"strategy": "consensus", "ratio": 0.08},
 }
+SCHEDULERS = ("fair", "fcfs", "lpm", "hit_rate", "off")
 REPAIR_ORDERS = ("fifo", "lagged", "attention")
 _NOT_SETTINGS = {"KVSHARE_CONFIG", "KVSHARE_CACHE"}  # read elsewhere
 
@@ -67,6 +68,16 @@ class KVShareConfig:
     )
     target_kl: float = _setting(0.03, "nats", "mean KL(full || approximate) the controller holds", low=0.0)
 
+    scheduler: str = _setting("fair", "", "who of the waiting comes first; off: SGLang's own", choices=SCHEDULERS)
+    quantum: int = _setting(
+        4096, "tokens", "service a tenant gets ahead of the others; large: locality, small: fairness", low=1
+    )
+    tenant_weights: str = _setting("", "name=number,...", "shares of tenants; the others have 1")
+    unknown_tenants: int = _setting(
+        256, "accounts", "tenants without a weight that are told apart at a time; the rest share one account", low=1
+    )
+    duplicate_wait: int = _setting(8, "passes", "waits for a running request with the same text; 0: none", low=0)
+
     def __post_init__(self):
         from kvshare_sched.strategies import names
 
@@ -90,6 +101,24 @@ class KVShareConfig:
                 f"min_run={self.min_run} is shorter than window={self.window}; accepted: min_run >= window. "
                 "Raise KVSHARE_MIN_RUN or lower KVSHARE_WINDOW."
             )
+        _ = self.weights  # says what is wrong with them
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """`tenant_weights` by name; raises ConfigError for what is no list of weights."""
+        found: dict[str, float] = {}
+        for part in filter(None, (p.strip() for p in self.tenant_weights.split(","))):
+            name, _, number = part.rpartition("=")
+            try:
+                found[name] = float(number)
+            except ValueError:
+                found[name] = 0.0
+            if not name or not 0.01 <= found[name] <= 10_000:
+                raise ConfigError(
+                    f"tenant_weights: {part!r} is no weight; accepted: name=number with 0.01 <= number <= 10000, "
+                    "separated by commas. Set KVSHARE_TENANT_WEIGHTS or the key in KVSHARE_CONFIG."
+                )
+        return found
 
     @classmethod
     def load(cls, env: Mapping[str, str] | None = None) -> KVShareConfig:

@@ -31,6 +31,8 @@ AUDIT_RESULTS = (
     ("dropped", "no_room"),
     ("dropped", "lost"),  # aborted
 )
+ORDER_RESULTS = ("sorted", "unchanged", "failed")
+WAITS = ("turn", "deficit", "duplicate")
 _TENANTS = 32  # named in labels; the others share one value
 _KL = (0.0001, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3)  # nats, around the default target 0.03
 
@@ -68,6 +70,7 @@ class ShareMetrics:
             "kvshare_enabled", "1 when the kvshare cache backend is wired in and may reuse KV.", **live
         )
         self.audits = AuditMetrics(where, live)
+        self.queue = QueueMetrics(where, live)
         for origin in ORIGINS:
             self._tokens.labels(origin)
         for phase in PHASES:
@@ -138,7 +141,7 @@ class AuditMetrics:
             "kvshare_controller_off", "1 while reuse is off for a tenant that misses its target.", ["tenant"], **live
         )
         self._shut = prom.Counter("kvshare_sources_shut", "Donors removed for the harm they did.", **where)
-        self._named: set[str] = set()
+        self._named = _Names()
         for result, reason in AUDIT_RESULTS:
             self._ended.labels(result, reason)
 
@@ -152,7 +155,7 @@ class AuditMetrics:
 
     def measured(self, tenant: str, strategy: str, found) -> None:
         """Record an `audit.Measurement`."""
-        tenant = self._name(tenant)
+        tenant = self._named(tenant)
         self._kl.labels(tenant, strategy, "first").observe(found.kl_first)
         self._kl.labels(tenant, strategy, "sent").observe(found.kl)
         self._agreement.labels(tenant, strategy, "first").observe(found.same_first)
@@ -160,7 +163,7 @@ class AuditMetrics:
 
     def controlled(self, tenant: str, ratio: float, off: bool) -> None:
         """Show what is in force for a tenant."""
-        tenant = self._name(tenant)
+        tenant = self._named(tenant)
         self._ratio.labels(tenant).set(ratio)
         self._off.labels(tenant).set(off)
 
@@ -168,7 +171,55 @@ class AuditMetrics:
         """Count a donor removed for the harm it did."""
         self._shut.inc()
 
-    def _name(self, tenant: str) -> str:
-        if len(self._named) < _TENANTS:
-            self._named.add(tenant)
-        return tenant if tenant in self._named else "other"
+
+class QueueMetrics:
+    """What ordering the waiting queue costs, and who waits for what."""
+
+    def __init__(self, where: dict, live: dict):
+        import prometheus_client as prom
+
+        self._passes = prom.Counter("kvshare_order_passes", "Scheduling passes by result.", ["result"], **where)
+        self._seconds = prom.Counter("kvshare_order_seconds", "Seconds spent on ordering the queue.", **where)
+        self._rounds = prom.Gauge("kvshare_order_rounds", "Rounds of quanta granted since the start.", **live)
+        self._waiting = prom.Gauge(
+            "kvshare_waiting_requests", "Waiting requests by what they wait for.", ["for"], **live
+        )
+        self._deficit = prom.Gauge(
+            "kvshare_tenant_deficit_tokens", "What a tenant may still spend before others come.", ["tenant"], **live
+        )
+        self._service = prom.Gauge(
+            "kvshare_tenant_service_tokens", "Tokens charged to a tenant since it came.", ["tenant"], **live
+        )
+        self._named = _Names()
+        for result in ORDER_RESULTS:
+            self._passes.labels(result)
+        for wait in WAITS:
+            self._waiting.labels(wait)
+
+    def ordered(self, result: str, seconds: float) -> None:
+        """Count one pass; see ORDER_RESULTS."""
+        self._passes.labels(result).inc()
+        self._seconds.inc(seconds)
+
+    def observe(self, queue, order) -> None:
+        """Show a `scheduling.Queue` and the order just made. Tenants beyond the first 32 are not shown."""
+        self._rounds.set(queue.accounts.refills)
+        waits = (len(order.ready), len(order.later) - order.held, order.held)
+        for name, count in zip(WAITS, waits, strict=True):
+            self._waiting.labels(name).set(count)
+        for account, deficit in queue.accounts.deficits.items():
+            if (name := self._named(account)) == account:
+                self._deficit.labels(name).set(deficit)
+                self._service.labels(name).set(queue.accounts.served[account])
+
+
+class _Names:
+    """The first 32 tenants by name, then `other`."""
+
+    def __init__(self):
+        self._seen: set[str] = set()
+
+    def __call__(self, tenant: str) -> str:
+        if len(self._seen) < _TENANTS:
+            self._seen.add(tenant)
+        return tenant if tenant in self._seen else "other"

@@ -44,7 +44,8 @@ def _names_of(found, kind: str) -> set[str]:
 _SRT = "sglang.srt"
 _TREE = f"{_SRT}.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
 _CACHE = f"{_SRT}.mem_cache.unified_radix_cache.UnifiedRadixCache"
-_ADDER = f"{_SRT}.managers.schedule_policy.PrefillAdder"
+_POLICY = f"{_SRT}.managers.schedule_policy"
+_ADDER = f"{_POLICY}.PrefillAdder"
 _SCHEDULER = f"{_SRT}.managers.scheduler.Scheduler"
 _OPENAI = f"{_SRT}.entrypoints.openai"
 
@@ -92,6 +93,15 @@ SEAMS = (
     Seam(f"{_ADDER}.add_one_req", ("req", "has_chunked_req", "truncation_align_size")),
     Seam(f"{_ADDER}.add_chunked_req", ("req",)),
     Seam(f"{_ADDER}.budget_state"),
+    Seam(f"{_ADDER}.ceil_paged_tokens", ("tokens",)),
+    Seam(f"{_POLICY}.AddReqResult.OTHER"),
+    # the waiting queue
+    Seam(f"{_POLICY}.SchedulePolicy.calc_priority", ("waiting_queue", "running_batch", "processed_tokens")),
+    Seam(
+        f"{_POLICY}.SchedulePolicy.shortest_prefill_chunk_limit",
+        ("chunked_req", "waiting_queue", "budget", "page_size"),
+    ),
+    Seam(f"{_SRT}.managers.schedule_batch.Req.finished"),
     # run some rows through some layers
     Seam(
         f"{_SRT}.model_executor.forward_batch_info.ForwardBatch",

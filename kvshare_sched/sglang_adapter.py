@@ -81,13 +81,18 @@ def attach_report(req, report) -> None:
 # ---- scheduler hooks ----
 
 
-def add_one_req(original, adder, req, *args, **kwargs):
+def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     """Around `PrefillAdder.add_one_req`: plan and pin at admission, charge only the rows that will run."""
     pipeline = getattr(adder.tree_cache, "pipeline", None)
+    args = (has_chunked_req, *args)
     if pipeline is None:
         return original(adder, req, *args, **kwargs)
     session = pipeline.admit(view_of(req), req.rid, len(req.origin_input_ids), req.prefix_len)
-    result, admitted = _charged(original, pipeline, session, adder, req, *args, **kwargs)
+    if has_chunked_req and not _fits_whole(pipeline, session, adder, req):
+        pipeline.withdraw(session)
+        return _other()
+    budget = adder.rem_chunk_tokens
+    result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
     if not admitted:
         pipeline.withdraw(session)
         idle = not adder.can_run_list and (adder.running_batch is None or not adder.running_batch.reqs)
@@ -95,7 +100,7 @@ def add_one_req(original, adder, req, *args, **kwargs):
             return result
         # Nothing else runs, so waiting frees nothing: without the pins the donors themselves can make room.
         session = replace(session, plan=None, reason=Reason.NO_MEMORY, outcome=Outcome.ORDINARY, leases={})
-        result, admitted = _charged(original, pipeline, session, adder, req, *args, **kwargs)
+        result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
     session.on_report = lambda report: attach_report(req, report)
@@ -109,13 +114,34 @@ def add_chunked_req(original, adder, req, *args, **kwargs):
     session = pipeline.sessions.get(req.rid) if pipeline is not None else None
     if session is None or session.plan is None:
         return original(adder, req, *args, **kwargs)
-    return _charged(original, pipeline, session, adder, req, *args, **kwargs)[0]
+    budget = adder.rem_chunk_tokens
+    if budget is not None and adder.chunked_req_limit is not None:  # it leaves room for shorter prompts
+        budget = min(budget, adder.chunked_req_limit)
+    return _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)[0]
 
 
-def _charged(original, pipeline, session, adder, req, *args, **kwargs):
-    """Call the adder with a budget raised by what reuse saves; SGLang then charges the full extend."""
+def _fits_whole(pipeline, session, adder, req) -> bool:
+    """Whether a request can run in one piece; SGLang keeps one unfinished prompt at a time."""
     start, whole = req.prefix_len, len(req.full_untruncated_fill_ids)
     budget = adder.rem_chunk_tokens
+    if budget is None:
+        return True
+    saved = whole - start - pipeline.charge(session, start, whole)
+    return adder.ceil_paged_tokens(whole - start) <= budget + saved
+
+
+def _other():
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    return AddReqResult.OTHER
+
+
+def _charged(original, pipeline, session, adder, req, budget, *args, **kwargs):
+    """Call the adder with a budget raised by what reuse saves; SGLang then charges the full extend.
+
+    budget: tokens this request may cost in this pass; None without a limit.
+    """
+    start, whole = req.prefix_len, len(req.full_untruncated_fill_ids)
     saved = 0
     if session.plan is not None:
         end = whole if budget is None else pipeline.end_for_budget(session, start, max(0, budget), whole)
@@ -135,6 +161,8 @@ def _raise_budget(adder, tokens: int) -> None:
     adder.rem_input_tokens += tokens
     if adder.rem_chunk_tokens is not None:
         adder.rem_chunk_tokens += tokens
+    if adder.chunked_req_limit is not None:
+        adder.chunked_req_limit += tokens
 
 
 def scheduler_hooks() -> dict[str, object]:
@@ -149,14 +177,14 @@ def scheduler_hooks() -> dict[str, object]:
 
 
 def wire(cache, ctx):
-    """Build one rank's pipeline and executor around its cache and model; returns the pipeline.
+    """Build one rank's pipeline, executor and queue around its cache and model; returns (pipeline, queue or None).
 
     Raises ConfigError or UnsupportedError: the server must not start half wired.
     """
     from sglang.srt.distributed import get_tp_group
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from kvshare_sched import audit_adapter
+    from kvshare_sched import audit_adapter, queue_adapter
     from kvshare_sched.executor import Executor
     from kvshare_sched.metrics import ShareMetrics
     from kvshare_sched.pipeline import Pipeline
@@ -180,6 +208,9 @@ def wire(cache, ctx):
         pipeline.auditor.agree = functools.partial(group.broadcast_object, src=0)
         audit_adapter.watch(pipeline.auditor, runner.model)
         hooks |= audit_adapter.hooks()
+    queue = queue_adapter.create(config, ctx, pipeline, metrics)
+    for seam, hook in queue_adapter.hooks().items() if queue is not None else ():
+        hooks[seam] = _outside(hook, hooks[seam]) if seam in hooks else hook
     for seam, hook in hooks.items():
         HookRegistry.register(seam, hook, HookType.AROUND)
     HookRegistry.apply_hooks()
@@ -192,7 +223,12 @@ def wire(cache, ctx):
             costs.overhead_s * 1e3,
             costs.layers,
         )
-    return pipeline
+    return pipeline, queue
+
+
+def _outside(outer, inner):
+    """One AROUND hook out of two."""
+    return lambda original, *args, **kwargs: outer(functools.partial(inner, original), *args, **kwargs)
 
 
 _SAMPLE = 256  # rows and tokens per measurement

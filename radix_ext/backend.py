@@ -13,9 +13,10 @@ from kvshare_sched.sglang_adapter import namespace_of, tokens_of, wire
 
 
 class KVShareRadixCache(UnifiedRadixCache):
-    """`pipeline` is attached by the factory; without it this is the stock cache."""
+    """`pipeline` and `queue` are attached by the factory; without them this is the stock cache."""
 
     pipeline = None
+    queue = None
 
     def checkpoint(self, req, *, up_to: int, **kwargs) -> None:
         if self.pipeline is not None:
@@ -28,6 +29,8 @@ class KVShareRadixCache(UnifiedRadixCache):
         super().on_release(req, checkpointed=checkpointed)
         if self.pipeline is not None:
             self.pipeline.release(req.rid)
+        if self.queue is not None:
+            self.queue.released(req)
 
     def reset(self) -> None:
         super().reset()
@@ -38,5 +41,5 @@ class KVShareRadixCache(UnifiedRadixCache):
 def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
     """Factory for `register_radix_cache_backend`: build the cache and wire reuse into this rank's engine."""
     cache = create_unified_radix_cache(ctx, cache_class=KVShareRadixCache)
-    cache.pipeline = wire(cache, ctx)
+    cache.pipeline, cache.queue = wire(cache, ctx)
     return cache

@@ -37,6 +37,10 @@ class DonorTree:
         """Leading tokens of a donor whose KV is on the device right now. Read-only, O(donor)."""
         return self._match(donor)[0]
 
+    def prefix_len(self, key: RadixKey) -> int:
+        """Leading tokens of a key whose exact KV is on the device right now. Read-only."""
+        return self._cache.tree_core.match_full_device_prefix(key)[0]
+
     def lease(self, donor: Donor, length: int) -> DonorLease | None:
         """Pin a donor's path; None when fewer than `length` of its tokens are still there."""
         matched, node = self._match(donor)

@@ -78,6 +78,7 @@ class SegmentIndex:
     | truncate  | donor id, length     | yes     | O(dropped fingerprints)|
     | remove    | donor id             | yes     | O(its fingerprints)    |
     | hits      | namespace, tokens    | no      | O(prompt)              |
+    | known     | namespace, hashes    | no      | O(hashes)              |
     """
 
     def __init__(self, *, window: int, min_run: int, capacity: int):
@@ -219,6 +220,21 @@ class SegmentIndex:
             if row is not None
             for place in table.places[row]
         ]
+
+    def fingerprints(self, tokens: np.ndarray, thinning: int) -> tuple[list[int], list[int]]:
+        """(hash, position) lists of one in `thinning` of the windows that `hits` looks up, ascending positions.
+
+        The hash decides which, so equal text gives equal fingerprints wherever it stands.
+        """
+        hashes = window_hashes(tokens, self.window)
+        kept = winnow(hashes, self.span)
+        kept = kept[hashes[kept] % np.uint64(thinning) == 0]
+        return hashes[kept].tolist(), kept.tolist()
+
+    def known(self, namespace: Namespace, hashes: list[int]) -> list[bool]:
+        """Which of these window hashes some donor of the namespace has. Donors may have left the tree since."""
+        table = self._tables.get(namespace)
+        return [False] * len(hashes) if table is None else [h in table.row_of for h in hashes]
 
     def __len__(self) -> int:
         return len(self.donors)

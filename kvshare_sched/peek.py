@@ -1,0 +1,112 @@
+"""What waiting requests would cost if they ran now, without touching tree, pool or plan.
+
+Every prompt is fingerprinted once; when the index has changed, a bounded number of requests is looked at again in each
+pass, so a long queue costs a pass no more than a short one. Only the requester's own namespace is asked.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvshare_sched.pipeline import Pipeline
+from kvshare_sched.scheduling.estimate import Estimate, Prices, estimate
+from kvshare_sched.types import Namespace
+
+_THINNING = 4  # one in so many of the index's fingerprints is kept: one in 36 tokens
+_NEW_TOKENS = 65_536  # prompt tokens fingerprinted in one pass
+_AGAIN = 64  # requests looked at again in one pass
+_INSPECTED = 1024  # requests asked in one pass whether they need it
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One waiting request as the index sees it."""
+
+    rid: str
+    namespace: Namespace
+    tokens: np.ndarray  # int64 [prompt]
+    key: object  # the tree's key of everything but the last token
+    reusable: bool  # not opted out
+    prints: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    exact: int = 0
+    known: list[bool] = field(default_factory=list)
+    generation: object = None  # of the index, at the last look; None: never looked at
+
+
+class Peek:
+    """The prompts of one engine's waiting requests."""
+
+    def __init__(self, pipeline: Pipeline):
+        self._pipeline = pipeline
+        self._new: OrderedDict[str, Prompt] = OrderedDict()
+        self._prompts: OrderedDict[str, Prompt] = OrderedDict()  # the next to be looked at again first
+        self._events = 0
+        self._fresh = 0  # prompts asked since the last one that needed a look
+        self._seen: object = None
+        costs = pipeline.costs
+        self.copy_price = costs.copy_s / (costs.cell_s * costs.layers)
+
+    def add(self, prompt: Prompt) -> None:
+        """A request starts to wait."""
+        self._new[prompt.rid] = prompt
+
+    def remove(self, rid: str) -> Prompt | None:
+        """A request waits no longer; returns it when it was looked at."""
+        self._events += 1
+        self._new.pop(rid, None)
+        return self._prompts.pop(rid, None)
+
+    def updates(self):
+        """Yield (rid, Estimate) of the requests that are looked at in this pass, new ones first."""
+        left = _NEW_TOKENS
+        while self._new and left > 0:
+            rid, prompt = self._new.popitem(last=False)
+            left -= len(prompt.tokens)
+            prompt.prints, prompt.positions = self._pipeline.index.fingerprints(prompt.tokens, _THINNING)
+            self._prompts[rid] = prompt
+            yield rid, self._look(prompt)
+        generation = self._generation()
+        if generation != self._seen:
+            self._seen, self._fresh = generation, 0
+        again = 0
+        for _ in range(min(_INSPECTED, len(self._prompts) - self._fresh)):
+            rid, prompt = next(iter(self._prompts.items()))
+            self._prompts.move_to_end(rid)
+            self._fresh += 1
+            if prompt.generation != generation:
+                if (found := self._look(prompt)) is not None:
+                    yield rid, found
+                again += 1
+                if again == _AGAIN:
+                    break
+
+    def missing(self, prompt: Prompt, until: int) -> list[int]:
+        """Fingerprints before position `until` that no donor has yet."""
+        known = self._pipeline.index.known(prompt.namespace, prompt.prints)
+        places = zip(prompt.prints, prompt.positions, known, strict=True)
+        return [text for text, at, there in places if at < until and not there]
+
+    def _generation(self) -> object:
+        """Changes whenever a look might find something else. With reuse off the index is empty, so requests count."""
+        return self._events if self._pipeline.config.mode == "off" else self._pipeline.index.generation
+
+    def _look(self, prompt: Prompt) -> Estimate | None:
+        """What is known now; None when nothing has changed."""
+        first, prompt.generation = prompt.generation is None, self._generation()
+        known = self._pipeline.index.known(prompt.namespace, prompt.prints)
+        if not first and known == prompt.known and self._pipeline.config.mode != "off":
+            return None
+        prompt.known = known
+        exact = self._pipeline.tree.prefix_len(prompt.key)
+        config = self._pipeline.auditor.settings(self._pipeline.config, prompt.namespace)
+        prices = Prices(
+            reuse=config.mode == "on" and prompt.reusable and not self._pipeline.auditor.refuses(prompt.namespace),
+            recompute=config.ratio,
+            copy=self.copy_price,
+            least=config.min_suffix,
+        )
+        return estimate(len(prompt.tokens), exact, prompt.prints, prompt.positions, known, prices)

@@ -1,0 +1,180 @@
+"""Deficit round robin over tenants, charged with what really runs (DLPM, arXiv 2501.14312, with our own charge).
+
+A tenant may start requests while its deficit is above zero. What its requests compute is taken off: prefill rows that
+run, a price for copied tokens, OUTPUT_PRICE a generated token. When nobody who waits is above zero, a round is added:
+weight x quantum to everyone who waits and is not. Nobody ever holds more than one quantum, so idle tenants bank
+nothing; a new tenant starts with one, so it is served in the first pass.
+
+Bound: two tenants that both always have a request that may run differ in service / weight by at most
+`service_gap(...)`, because each refill reaches both and each deficit lies between -U and one quantum.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+OUTPUT_PRICE = 2.0  # tokens of prefill charged for a generated token (the price of VTC, arXiv 2401.00588)
+OVERFLOW = "(others)"  # the account that unknown tenants beyond the cap share
+_PEEK = 8  # idle accounts looked at when a new tenant needs room
+
+
+def service_gap(max_work: float, max_output: float, quantum: float) -> float:
+    """Largest difference in service / weight of two backlogged tenants, tokens; weights of at least 1.
+
+    max_work: largest charge of one prompt. max_output: most output tokens that one tenant's running requests may
+    still make. Together they are U: what a tenant may be charged after its deficit has reached zero.
+    """
+    return 2 * (max_work + OUTPUT_PRICE * max_output + quantum)
+
+
+class Accounts:
+    """Deficits of the tenants of one engine, in tokens. Tenants with a weight are known; the others have weight 1.
+
+    At most `unknown` tenants without a weight have accounts of their own at a time; the rest share one, so whoever
+    invents tenant names gains `unknown` + 1 shares at most. An account is dropped when its tenant is gone and
+    as many rounds have passed as would have cleared its debt.
+    """
+
+    def __init__(self, quantum: float, weights: Mapping[str, float] | None = None, unknown: int = 256):
+        self.quantum = quantum
+        self.weights = dict(weights or {})
+        self.unknown = unknown
+        self.deficits: dict[str, float] = {}
+        self.served: Counter[str] = Counter()  # charged so far, what was given back taken off
+        self.refills = 0  # rounds
+        self._waiting: Counter[str] = Counter()
+        self._open: Counter[str] = Counter()  # requests waiting or running
+        self._left: dict[str, int] = {}  # nobody waits: the round when that began
+        self._own = 0  # accounts of tenants without a weight
+
+    def grant(self, account: str) -> float:
+        """What one round gives."""
+        return self.quantum * self.weights.get(account, 1.0)
+
+    def enter(self, tenant: str) -> str:
+        """A request starts to wait; returns the account it is charged to."""
+        account = self._account(tenant)
+        self._open[account] += 1
+        self.wait(account)
+        return account
+
+    def wait(self, account: str) -> None:
+        """A request of an account waits (again); rounds missed while nobody waited count against a debt only."""
+        self._waiting[account] += 1
+        if (since := self._left.pop(account, None)) is not None:
+            missed = min(self.refills - since, self._rounds(account))
+            self.deficits[account] += missed * self.grant(account)
+
+    def leave(self, account: str) -> None:
+        """A request stopped waiting: it runs, or is gone (then `close` too)."""
+        self._waiting[account] -= 1
+        if not self._waiting[account]:
+            del self._waiting[account]
+            self._left[account] = self.refills
+
+    def close(self, account: str) -> None:
+        """A request has finished or was aborted."""
+        self._open[account] -= 1
+
+    def charge(self, account: str, tokens: float) -> None:
+        """Take off what ran; negative gives back."""
+        self.deficits[account] -= tokens
+        self.served[account] += tokens
+
+    def may_start(self, account: str, others: Iterable[str]) -> bool:
+        """Whether a request of `account` may start now; `others`: accounts with requests that may run in this pass.
+
+        Adds rounds when nobody of them is above zero.
+        """
+        if self.deficits[account] > 0:
+            return True
+        if any(self.deficits[other] > 0 for other in others):
+            return False
+        self._refill()
+        return self.deficits[account] > 0
+
+    def _refill(self) -> None:
+        owing = [a for a in self._waiting if self.deficits[a] <= 0]
+        rounds = min(map(self._rounds, owing))
+        for account in owing:
+            self.deficits[account] += rounds * self.grant(account)
+        self.refills += rounds
+
+    def _rounds(self, account: str) -> int:
+        return rounds_owed(self.deficits[account], self.grant(account))
+
+    def _account(self, tenant: str) -> str:
+        if tenant in self.deficits:
+            return tenant
+        known = tenant in self.weights
+        if not known and self._own >= self.unknown:
+            self._drop_one()
+            if self._own >= self.unknown:
+                self.deficits.setdefault(OVERFLOW, self.grant(OVERFLOW))
+                return OVERFLOW
+        self._own += not known
+        self.deficits[tenant] = self.grant(tenant)
+        return tenant
+
+    def _drop_one(self) -> None:
+        for account in list(self._left)[:_PEEK]:
+            own = account not in self.weights and account != OVERFLOW
+            if own and not self._open[account] and self.refills - self._left[account] >= max(1, self._rounds(account)):
+                del self.deficits[account], self._left[account], self._open[account], self.served[account]
+                self._own -= 1
+                return
+
+
+def rounds_owed(deficit: float, grant: float) -> int:
+    """Rounds until a deficit is above zero."""
+    return 0 if deficit > 0 else math.floor(-deficit / grant) + 1
+
+
+def sequence(
+    ranked: Sequence[int],
+    accounts: Sequence[str],
+    work: Sequence[float],
+    credit: dict[str, float],
+    grant: Callable[[str], float],
+    limit: int,
+    held: Callable[[int], bool],
+) -> tuple[list[int], list[int]]:
+    """(rows in the order deficit round robin starts them, rows that are held back), `limit` rows at most.
+
+    ranked: rows by key, best first. accounts, work: of each row. credit: deficit of each account, spent on the way.
+    held: asked once, in order, for every row that would be next.
+    """
+    queues: dict[str, list[int]] = {}
+    for place, row in enumerate(ranked):
+        queues.setdefault(accounts[row], []).append(place)
+    cursor = dict.fromkeys(queues, 0)
+    ready = [(places[0], account) for account, places in queues.items() if credit[account] > 0]
+    heapq.heapify(ready)
+    owing = [account for account in queues if credit[account] <= 0]
+    started: list[int] = []
+    kept: list[int] = []
+    while len(started) < limit and (ready or owing):
+        if not ready:
+            rounds = min(rounds_owed(credit[a], grant(a)) for a in owing)
+            for account in owing:
+                credit[account] += rounds * grant(account)
+            ready = [(queues[a][cursor[a]], a) for a in owing if credit[a] > 0]
+            heapq.heapify(ready)
+            owing = [a for a in owing if credit[a] <= 0]
+        place, account = heapq.heappop(ready)
+        row = ranked[place]
+        if held(row):
+            kept.append(row)
+        else:
+            started.append(row)
+            credit[account] -= max(1.0, work[row])
+        cursor[account] += 1
+        if cursor[account] < len(queues[account]):
+            if credit[account] > 0:
+                heapq.heappush(ready, (queues[account][cursor[account]], account))
+            else:
+                owing.append(account)
+    return started, kept

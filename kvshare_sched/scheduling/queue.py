@@ -1,0 +1,234 @@
+"""The queue itself: kept up to date by events, ordered when asked. The server and the simulator run this very code.
+
+Ordering sorts arrays and walks the first few hundred: 10,000 requests take some milliseconds (benchmarks/order.json),
+and a queue nothing has happened to is answered from memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvshare_sched.scheduling.duplicates import Duplicates, Texts
+from kvshare_sched.scheduling.fairness import OUTPUT_PRICE, Accounts, sequence
+from kvshare_sched.scheduling.order import Rows, Waiting, ranked
+
+LIMIT = 256  # requests that one pass may start
+_STEP = 256.0  # tokens of service after which waiting times are looked at again
+_FIELDS = len(Rows._fields)
+_SINCE, _WORK, _EXACT, _REUSED = (Rows._fields.index(n) for n in ("since", "work", "exact", "reused"))
+_NOTHING = Texts()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """`ready` in the order in which they should start; `later` must not start in this pass."""
+
+    ready: tuple[str, ...]
+    later: tuple[str, ...] = ()
+    held: int = 0  # of `later`: wait for somebody else's text
+
+
+@dataclass(slots=True)
+class _Running:
+    waiting: Waiting
+    account: str
+    charged: float = 0.0  # prefill
+
+
+class Queue:
+    """Waiting and running requests of one engine under one policy (a key of `order.KEYS`)."""
+
+    def __init__(self, policy: str, accounts: Accounts, duplicate_wait: int):
+        self.policy = policy
+        self.accounts = accounts
+        self.duplicates = Duplicates(duplicate_wait if policy == "fair" else 0)
+        self.clock = 0.0  # tokens of service given so far
+        self.running: dict[str, _Running] = {}
+        self.rids: list[str] = []
+        self.sorts = 0
+        self._row: dict[str, int] = {}
+        self._waiting: list[Waiting] = []
+        self._accounts: list[str] = []
+        self._texts: list[Texts] = []
+        self._data = np.zeros((_FIELDS, 64))
+        self._order: Order | None = None
+        self._ordered_at = (0.0, 0.0)  # clock, room
+        self._may: dict[str, tuple[int, str]] = {}  # (group, account) of the requests that may start in this pass
+        self._left: Counter[tuple[int, str]] = Counter()  # how many of them have not
+
+    def __len__(self) -> int:
+        return len(self.rids)
+
+    def __contains__(self, rid: str) -> bool:
+        return rid in self._row
+
+    def work(self, rid: str) -> float:
+        """What a waiting request will cost, tokens of ordinary prefill."""
+        return float(self._data[_WORK, self._row[rid]])
+
+    # ---- events ----
+
+    def add(self, waiting: Waiting, texts: Texts = _NOTHING) -> None:
+        """A request starts to wait. Raises ValueError when its id is waiting already."""
+        if waiting.rid in self._row:
+            raise ValueError(f"request {waiting.rid} waits already")
+        row = len(self.rids)
+        if row == self._data.shape[1]:
+            self._data = np.concatenate((self._data, np.zeros_like(self._data)), axis=1)
+        w = waiting
+        self._data[:, row] = (w.tier, w.arrival, w.since, w.work, w.exact, w.reused, w.prompt)
+        self._row[waiting.rid] = row
+        self.rids.append(waiting.rid)
+        self._waiting.append(waiting)
+        self._accounts.append(self.accounts.enter(waiting.tenant))
+        self._texts.append(texts)
+        self._order = None
+
+    def revise(self, rid: str, *, work: float, exact: int, reused: int, texts: Texts) -> None:
+        """What a waiting request will cost is known better now."""
+        row = self._row[rid]
+        self._texts[row] = texts
+        if tuple(self._data[_WORK : _REUSED + 1, row]) != (work, exact, reused):
+            self._data[_WORK : _REUSED + 1, row] = (work, exact, reused)
+            self._order = None
+
+    def remove(self, rid: str) -> None:
+        """A waiting request is gone; nothing was charged, so nothing is given back."""
+        self.accounts.close(self._take(rid)[1])
+
+    def start(self, rid: str, work: float, computing=()) -> None:
+        """A waiting request runs: `work` tokens of its prompt now; `computing`: texts others may wait for."""
+        waiting, account = self._take(rid)
+        self.running[rid] = _Running(waiting, account)
+        self.duplicates.computing(rid, computing)
+        self.charge(rid, work)
+
+    def charge(self, rid: str, work: float) -> None:
+        """A running request computed `work` more tokens of its prompt."""
+        run = self.running[rid]
+        run.charged += work
+        self._charge(run.account, work)
+
+    def generated(self, rid: str, tokens: int) -> None:
+        """A running request made that many more output tokens."""
+        self._charge(self.running[rid].account, OUTPUT_PRICE * tokens)
+
+    def finish(self, rid: str) -> None:
+        """A running request has finished or was aborted: it pays for what ran."""
+        self.duplicates.done(rid)
+        self.accounts.close(self.running.pop(rid).account)
+
+    def retract(self, rid: str) -> Waiting:
+        """A running request lost its KV: its prompt will be computed again, so that is given back.
+
+        Returns what it was when it came; the caller adds it again.
+        """
+        self.duplicates.done(rid)
+        run = self.running.pop(rid)
+        self.accounts.charge(run.account, -run.charged)
+        self.accounts.close(run.account)
+        return run.waiting
+
+    def _charge(self, account: str, tokens: float) -> None:
+        self.accounts.charge(account, tokens)
+        self.clock += tokens
+
+    def _take(self, rid: str) -> tuple[Waiting, str]:
+        row, last = self._row.pop(rid), len(self.rids) - 1
+        waiting, account = self._waiting[row], self._accounts[row]
+        for column in (self.rids, self._waiting, self._accounts, self._texts):
+            column[row] = column[last]
+            column.pop()
+        if row != last:
+            self._data[:, row] = self._data[:, last]
+            self._row[self.rids[row]] = row
+        if (place := self._may.pop(rid, None)) is not None:
+            self._left[place] -= 1
+        self.accounts.leave(account)
+        self.duplicates.gone(rid)
+        self._order = None
+        return waiting, account
+
+    # ---- the order ----
+
+    def order(self, room: float = 0.0) -> Order:
+        """The order of this pass; the same object as long as nothing has happened.
+
+        room: with a long prompt half done, the tokens left beside its next chunk; what does not fit comes last. 0: no
+        such prompt.
+        """
+        if (
+            self._order is not None
+            and room == self._ordered_at[1]
+            and self.clock - self._ordered_at[0] < _STEP
+            and not self._order.held  # those wait for something that is about to happen
+        ):
+            return self._order
+        self.sorts += 1
+        rows = Rows(*self._data[:, : len(self.rids)])
+        places = ranked(self.policy, rows, self.clock).tolist()
+        if self.policy == "fair":
+            self._order = self._fair(places, rows, room)
+        else:
+            self._order = Order(tuple(self.rids[row] for row in places))
+        self._ordered_at = (self.clock, room)
+        return self._order
+
+    def _fair(self, places: list[int], rows: Rows, room: float) -> Order:
+        work, tier = rows.work.tolist(), rows.tier.tolist()
+        credit = dict(self.accounts.deficits)
+        self.duplicates.begin_pass()
+        ready: list[int] = []
+        kept: list[int] = []
+        self._may = {}
+        for number, group in enumerate(_groups(places, tier, work, room)):
+            if len(ready) < LIMIT:
+                started, held = sequence(
+                    group,
+                    self._accounts,
+                    work,
+                    credit,
+                    self.accounts.grant,
+                    LIMIT - len(ready),
+                    lambda row: self.duplicates.holds(self.rids[row], self._texts[row], work[row]),
+                )
+                ready += started
+                kept += held
+                self._may |= {self.rids[row]: (number, self._accounts[row]) for row in started}
+        self._left = Counter(self._may.values())
+        chosen = set(ready)
+        later = [row for row in places if row not in chosen]
+        return Order(tuple(self.rids[r] for r in ready), tuple(self.rids[r] for r in later), len(kept))
+
+    def may_start(self, rid: str) -> bool:
+        """Asked for one request after the other in the order given: whether this one may start in this pass.
+
+        False also ends the pass: everybody behind it has no better claim.
+        """
+        if self.policy != "fair":
+            return True
+        if rid not in self._may:
+            return False
+        group, account = self._may[rid]
+        return self.accounts.may_start(account, (a for (g, a), left in self._left.items() if left and g == group))
+
+
+def _groups(places: list[int], tier: list[float], work: list[float], room: float):
+    """Rows tier by tier, and inside a tier those that fit beside a long prompt first."""
+    start = 0
+    while start < len(places):
+        end = start + 1
+        if tier[places[start]] == tier[places[-1]]:
+            end = len(places)
+        while end < len(places) and tier[places[end]] == tier[places[start]]:
+            end += 1
+        group = places[start:end]
+        if room:
+            yield [row for row in group if work[row] <= room]
+            group = [row for row in group if work[row] > room]
+        if group:
+            yield group
+        start = end

@@ -1,0 +1,223 @@
+"""SGLang's waiting list and ours, kept alike: `queue_adapter` hangs this into the scheduler.
+
+SGLang takes requests off the front of its list until memory or budget is gone. We sort that list, refuse whom the
+deficits or a running duplicate hold back, and charge what really runs. Any exception leaves SGLang's own order for
+that pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+
+import numpy as np
+
+from kvshare_sched.audit import tenant_of
+from kvshare_sched.peek import Peek, Prompt
+from kvshare_sched.scheduling.fairness import Accounts
+from kvshare_sched.scheduling.order import Waiting
+from kvshare_sched.scheduling.queue import Order, Queue
+from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of
+
+logger = logging.getLogger(__name__)
+_AUDITS = "(audits)"  # their work is no tenant's
+_LOG_EVERY = 1000  # failures
+
+
+class ServerQueue:
+    """SGLang's waiting list and ours, kept alike. Used by the scheduler thread only; no public method raises."""
+
+    def __init__(self, policy: str, config, pipeline, chunk: int, metrics=None):
+        self._policy, self._config, self._pipeline = policy, config, pipeline
+        self._chunk = chunk  # prefill tokens of one pass; 0: prompts are not cut
+        self._metrics = metrics
+        self.failures = 0
+        self._start_over()
+
+    def _start_over(self) -> None:
+        config = self._config
+        accounts = Accounts(config.quantum, config.weights, config.unknown_tenants)
+        self.queue = Queue(self._policy, accounts, config.duplicate_wait if config.mode == "on" else 0)
+        self._peek = Peek(self._pipeline)
+        self._arrivals = 0
+        self._listed: list = []  # SGLang's list as we left it
+        self._waiting: dict[str, object] = {}
+        self._running: dict[str, list] = {}  # rid -> [request, output tokens charged, prompt, texts until]
+        self._returning: dict[str, Waiting] = {}  # retracted, not waiting again yet
+        self._long = None  # the prompt that is cut in chunks and not finished
+        self._order: Order | None = None
+        self._in_force = False
+
+    # ---- SGLang asks ----
+
+    def order(self, waiting: list, policy) -> None:
+        """Sort SGLang's list in place."""
+        started = time.perf_counter()
+        try:
+            result = self._sort(waiting, policy)
+            self._in_force = True
+        except Exception:
+            result = self._failed("ordering the queue")
+        if self._metrics is not None:
+            self._metrics.ordered(result, time.perf_counter() - started)
+
+    def may_start(self, req) -> bool:
+        """Whether a request may be admitted in this pass."""
+        try:
+            return not self._in_force or self.queue.may_start(req.rid)
+        except Exception:
+            self._failed("admission")
+            return True
+
+    def admitted(self, req, adder) -> None:
+        """SGLang has taken a request off the list; its first piece runs."""
+        try:
+            if req.rid in self._waiting:
+                self._start(req)
+            if adder.new_chunked_req is req:
+                self._long = req
+        except Exception:
+            self._failed("admission")
+
+    def continued(self, req, unfinished: bool) -> None:
+        """Another piece of a long prompt runs."""
+        try:
+            self._long = req if unfinished else None
+            if req.rid in self.queue.running:
+                self.queue.charge(req.rid, self._work(req))
+        except Exception:
+            self._failed("charging a chunk")
+
+    def chunk_limit(self, req, budget: int, page: int) -> int | None:
+        """Tokens the next chunk of a long prompt may have, so that shorter ones run beside it; None: all of them.
+
+        It always gets half of the budget, and the rest only when nobody who may start would fit there.
+        """
+        try:
+            self._long = req
+            if self._policy != "fair" or self._order is None or not self._in_force:
+                return None
+            left = len(req.full_untruncated_fill_ids) - req.prefix_len
+            reserved = 0
+            for rid in self._order.ready:
+                work = -(-int(self.queue.work(rid) + 1) // page) * page
+                if work < left and reserved + work <= budget // 2:
+                    reserved += work
+            limit = (budget - reserved) // page * page
+            return limit if reserved and limit >= page else None
+        except Exception:
+            self._failed("the limit of a chunk")
+            return None
+
+    def released(self, req) -> None:
+        """A running request gave its KV back: finished, aborted or retracted."""
+        try:
+            if self._long is req:
+                self._long = None
+            if self._running.get(req.rid, (None,))[0] is not req:
+                return
+            self._generated(req.rid)
+            del self._running[req.rid]
+            if req.finished():
+                self.queue.finish(req.rid)
+            else:
+                self._returning[req.rid] = self.queue.retract(req.rid)
+        except Exception:
+            self._failed("a release")
+
+    # ---- in detail ----
+
+    def _sort(self, waiting: list, policy) -> str:
+        for rid in self._running:
+            self._generated(rid)
+        if waiting != self._listed:  # the same objects compare at once
+            self._mirror(waiting, policy)
+        for rid, found in self._peek.updates():
+            self.queue.revise(rid, work=found.work, exact=found.exact, reused=found.reused, texts=found.texts)
+        for rid, (_, _, prompt, until) in self._running.items():
+            if prompt is not None:
+                self._computing(rid, prompt, until)
+        sorts = self.queue.sorts
+        self._order = self.queue.order(self._chunk / 2 if self._long is not None else 0.0)
+        if self.queue.sorts == sorts and waiting == self._listed:
+            return "unchanged"
+        waiting[:] = [self._waiting[rid] for rid in (*self._order.ready, *self._order.later)]
+        self._listed = list(waiting)
+        if self._metrics is not None:
+            self._metrics.observe(self.queue, self._order)
+        return "sorted"
+
+    def _mirror(self, waiting: list, policy) -> None:
+        now = {req.rid: req for req in waiting}
+        if len(now) != len(waiting):
+            raise ValueError("two waiting requests have the same id")
+        for rid in [rid for rid, req in self._waiting.items() if now.get(rid) is not req]:
+            del self._waiting[rid]
+            self._peek.remove(rid)
+            self.queue.remove(rid)
+        sign = policy.priority_sign if policy.enable_priority_scheduling else 0
+        for rid, req in now.items():
+            if rid not in self._waiting:
+                self._arrive(req, float(sign * req.priority) if sign else 0.0)
+                self._waiting[rid] = req
+        self._returning.clear()
+
+    def _arrive(self, req, tier: float) -> None:
+        namespace = namespace_of(req)
+        tokens = req.origin_input_ids + req.output_ids
+        tenant = _AUDITS if self._pipeline.auditor.owns(req.rid) else tenant_of(namespace)
+        back = self._returning.get(req.rid)
+        self._arrivals += 1
+        arrival, since = (back.arrival, back.since) if back else (self._arrivals, self.queue.clock)
+        size = len(tokens)
+        self.queue.add(Waiting(req.rid, tenant, arrival, size, size, since=since, tier=tier))
+        reusable = not req.output_ids and (req.sampling_params.custom_params or {}).get(REPORT_KEY) != "off"
+        prompt = Prompt(req.rid, namespace, np.array(tokens, np.int64), _key(req, tokens), reusable)
+        self._peek.add(prompt)
+
+    def _start(self, req) -> None:
+        del self._waiting[req.rid]
+        prompt = self._peek.remove(req.rid)
+        session = self._pipeline.sessions.get(req.rid)
+        plan = session.plan if session is not None else None
+        until = plan.approximate_from if plan is not None else len(req.full_untruncated_fill_ids)
+        self._running[req.rid] = [req, len(req.output_ids), prompt, until]
+        self.queue.start(req.rid, self._work(req))
+        if prompt is not None:
+            self._computing(req.rid, prompt, until)
+
+    def _computing(self, rid: str, prompt: Prompt, until: int) -> None:
+        left = self._peek.missing(prompt, until)
+        self.queue.duplicates.computing(rid, left)
+        if not left:
+            self._running[rid][2] = None
+
+    def _work(self, req) -> float:
+        """What the piece of a prompt that was just admitted costs, in tokens of ordinary prefill."""
+        start, end = req.prefix_len, req.extend_end
+        session = self._pipeline.sessions.get(req.rid)
+        if session is None or session.plan is None:
+            return end - start
+        copied = sum(place.length for s in session.plan.clip(start, end) for place in s.places)
+        return self._pipeline.charge(session, start, end) + self._peek.copy_price * copied
+
+    def _generated(self, rid: str) -> None:
+        entry = self._running[rid]
+        if new := len(entry[0].output_ids) - entry[1]:
+            self.queue.generated(rid, new)
+            entry[1] += new
+
+    def _failed(self, what: str) -> str:
+        if self.failures % _LOG_EVERY == 0:
+            logger.exception("kvshare: %s failed (%d times); SGLang's own order for this pass", what, self.failures + 1)
+        self.failures += 1
+        self._start_over()
+        return "failed"
+
+
+def _key(req, tokens: array):
+    """The tree's key of all tokens but the last, which is always computed."""
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    return RadixKey(tokens, req.extra_key, limit=len(tokens) - 1, cache_salt=req.cache_salt)

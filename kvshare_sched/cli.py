@@ -11,6 +11,7 @@ from kvshare_sched import __version__
 from kvshare_sched.errors import KVShareError
 from kvshare_sched.evaluation.methods import METHODS
 from kvshare_sched.evaluation.tasks import TASKS
+from kvshare_sched.scheduling.order import KEYS
 
 _SERVE_HELP = """start stock SGLang; every SGLang argument passes through, kvshare only fills in defaults:
 --radix-cache-backend kvshare, --enable-metrics and, without a GPU, --device cpu, --dtype float32,
@@ -67,6 +68,12 @@ def _eval(options, rest: list[str]) -> int:
     )
 
 
+def _simulate(options, rest: list[str]) -> int:
+    from kvshare_sched.simulator import report
+
+    return report.run(options)
+
+
 def _names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -96,6 +103,19 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--model-path", help="a model folder; without it the embedded model")
     quality.add_argument("--out", default="out/eval", help="folder for report.json, report.md and frontier.png")
     quality.set_defaults(run=_eval, passes_through=True)
+    simulate = commands.add_parser(
+        "simulate", help="what an order of the queue would do at your scale: the server's queue, a model of the engine"
+    )
+    simulate.add_argument("--profile", default="benchmarks/profile-cpu.json", help="by scripts/profile_engine.py")
+    simulate.add_argument("--trace", help="a trace of `kvshare bench`; without it, traffic over shared libraries")
+    simulate.add_argument("--speed", type=float, default=1.0, help="how many times as fast the trace is played")
+    simulate.add_argument("--requests", type=int, default=10_000, help="made up, when no trace is given")
+    simulate.add_argument("--tenants", type=int, default=100)
+    simulate.add_argument("--rate", type=float, default=1.0, help="requests a second")
+    simulate.add_argument("--seed", type=int, default=0)
+    simulate.add_argument("--orders", type=_names, default=list(KEYS), help=f"of {','.join(KEYS)}")
+    simulate.add_argument("--out", default="out/simulate.json", help="all figures")
+    simulate.set_defaults(run=_simulate, passes_through=False)
     model = commands.add_parser("model", help="prepare the embedded model, once")
     model.add_argument("--print-path", action="store_true", help="print its folder as the last line of stdout")
     model.set_defaults(run=_model, passes_through=False)

@@ -90,22 +90,12 @@ class ServerQueue:
             self._failed("charging a chunk")
 
     def chunk_limit(self, req, budget: int, page: int) -> int | None:
-        """Tokens the next chunk of a long prompt may have, so that shorter ones run beside it; None: all of them.
-
-        It always gets half of the budget, and the rest only when nobody who may start would fit there.
-        """
+        """Tokens the next chunk of a long prompt may have, so that shorter ones run beside it; None: all of them."""
         try:
             self._long = req
-            if self._policy != "fair" or self._order is None or not self._in_force:
+            if not self._in_force or budget < 2 * page:
                 return None
-            left = len(req.full_untruncated_fill_ids) - req.prefix_len
-            reserved = 0
-            for rid in self._order.ready:
-                work = -(-int(self.queue.work(rid) + 1) // page) * page
-                if work < left and reserved + work <= budget // 2:
-                    reserved += work
-            limit = (budget - reserved) // page * page
-            return limit if reserved and limit >= page else None
+            return self.queue.chunk(len(req.full_untruncated_fill_ids) - req.prefix_len, budget, page)
         except Exception:
             self._failed("the limit of a chunk")
             return None

@@ -6,6 +6,7 @@ and a queue nothing has happened to is answered from memory.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -202,6 +203,19 @@ class Queue:
         chosen = set(ready)
         later = [row for row in places if row not in chosen]
         return Order(tuple(self.rids[r] for r in ready), tuple(self.rids[r] for r in later), len(kept))
+
+    def chunk(self, left: float, budget: int, page: int = 1) -> int:
+        """Tokens the next piece of a long prompt may have when `left` of it are to do, so that others run beside it.
+
+        Short ones that may start get what they need, half of the budget at most.
+        """
+        reserved = 0
+        if self.policy == "fair" and self._order is not None:
+            for rid in self._may:
+                work = -(-math.ceil(self.work(rid)) // page) * page
+                if work < left and reserved + work <= budget // 2:
+                    reserved += work
+        return max(page, (budget - reserved) // page * page)
 
     def may_start(self, rid: str) -> bool:
         """Asked for one request after the other in the order given: whether this one may start in this pass.

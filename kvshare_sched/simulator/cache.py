@@ -1,0 +1,103 @@
+"""Who has which text: a model of the exact tree and the donors, in blocks instead of tokens.
+
+A block counts as cached when all of it is. Least recently used ends of paths leave first, as in SGLang's tree.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvshare_sched.simulator.traffic import Block
+
+_SHORTEST = 32  # tokens of a run that may be reused elsewhere
+
+
+class _Node:
+    __slots__ = ("parent", "block", "children", "used", "pins", "number")
+
+    def __init__(self, parent: _Node | None, block: Block, number: int):
+        self.parent, self.block, self.number = parent, block, number
+        self.children: dict[Block, _Node] = {}
+        self.used = self.pins = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the cache has of a prompt."""
+
+    exact: int  # tokens at its start
+    reused: int  # tokens elsewhere
+    lacks: tuple[Block, ...]  # the rest
+    gives: int  # the first of `lacks` that will enter the tree
+    path: int  # blocks that will: those before the first reused one
+
+
+class Cache:
+    """KV of every tenant, `capacity` tokens."""
+
+    def __init__(self, capacity: int, reuse: bool = True):
+        self.capacity, self.reuse = capacity, reuse
+        self.tokens = 0
+        self._roots: dict[str, _Node] = {}
+        self._homes: dict[str, Counter[Block]] = {}  # blocks of each tenant that are somewhere in the tree
+        self._ends: list[tuple[int, int, str, _Node]] = []  # (used, number, tenant, end of a path); some out of date
+        self._time = self._number = 0
+
+    def find(self, tenant: str, blocks: Sequence[Block]) -> Found:
+        """No side effects."""
+        node, depth, exact = self._roots.get(tenant), 0, 0
+        while node is not None and depth < len(blocks) and (child := node.children.get(blocks[depth])) is not None:
+            node, exact, depth = child, exact + blocks[depth][1], depth + 1
+        homes = self._homes.get(tenant, ())
+        reused, lacks, first = 0, [], None
+        for place in range(depth, len(blocks)):
+            block = blocks[place]
+            if self.reuse and block[1] >= _SHORTEST and block in homes:
+                reused += block[1]
+                first = (place, len(lacks)) if first is None else first
+            else:
+                lacks.append(block)
+        path, gives = first if first is not None else (len(blocks), len(lacks))
+        return Found(exact, reused, tuple(lacks), gives, path)
+
+    def publish(self, tenant: str, blocks: Sequence[Block]) -> bool:
+        """These blocks' exact KV enters the tree; whether anything is new. Evicts what is oldest."""
+        self._time += 1
+        node = self._roots.setdefault(tenant, _Node(None, ("", 0), 0))
+        homes = self._homes.setdefault(tenant, Counter())
+        new = False
+        for block in blocks:
+            child = node.children.get(block)
+            if child is None:
+                self._number += 1
+                child = node.children[block] = _Node(node, block, self._number)
+                homes[block] += 1
+                self.tokens += block[1]
+                new = True
+            child.used = self._time
+            node = child
+        if node.parent is not None and not node.children:
+            heapq.heappush(self._ends, (node.used, node.number, tenant, node))
+        return new
+
+    def shrink(self, room: int) -> None:
+        """Evict until at most `room` tokens are kept."""
+        while self.tokens > room and self._ends:
+            used, _, tenant, node = heapq.heappop(self._ends)
+            if node.children or node.parent is None or node.parent.children.get(node.block) is not node:
+                continue
+            if node.used != used:
+                heapq.heappush(self._ends, (node.used, node.number, tenant, node))
+                continue
+            parent = node.parent
+            del parent.children[node.block]
+            self.tokens -= node.block[1]
+            homes = self._homes[tenant]
+            homes[node.block] -= 1
+            if not homes[node.block]:
+                del homes[node.block]
+            if parent.parent is not None and not parent.children:
+                heapq.heappush(self._ends, (parent.used, parent.number, tenant, parent))

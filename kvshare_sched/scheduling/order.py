@@ -40,12 +40,15 @@ class Rows(NamedTuple):
     prompt: np.ndarray
 
 
+HEAD_START = 1.0  # tokens that everybody has waited on arrival
+
+
 def response_ratio(rows: Rows, clock: float) -> np.ndarray:
-    """Ours: 1 + waited / work, largest first. The cheap come first, and whoever has waited long for what it costs.
+    """Ours: waited / work, largest first. The cheap come first, and whoever has waited long for what it costs.
 
     Requests that came together are sorted by work, so a prefill batch, a stretch of this order, holds similar ones.
     """
-    return -(1 + (clock - rows.since) / np.maximum(1.0, rows.work))
+    return -(clock - rows.since + HEAD_START) / np.maximum(1.0, rows.work)
 
 
 def fcfs(rows: Rows, clock: float) -> np.ndarray:

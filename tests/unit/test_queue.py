@@ -1,0 +1,181 @@
+"""The queue: events in, order out."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvshare_sched.scheduling.duplicates import Texts
+from kvshare_sched.scheduling.fairness import Accounts
+from kvshare_sched.scheduling.order import KEYS, Waiting
+from kvshare_sched.scheduling.queue import LIMIT, Queue
+
+
+def queue(policy="fair", quantum=1000.0, weights=None, wait=8) -> Queue:
+    return Queue(policy, Accounts(quantum, weights), wait)
+
+
+def add(q, rid, tenant="t", work=100.0, texts=None, **more):
+    arrival = len(q) + len(q.running)
+    q.add(Waiting(rid, tenant, arrival, 1000, work, since=q.clock, **more), texts or Texts())
+
+
+def start_all(q, budget=float("inf"), room=0.0) -> list[str]:
+    """What SGLang does in one pass with so many tokens."""
+    started = []
+    for rid in q.order(room).ready:
+        work = q.work(rid)
+        if budget <= 0 or not q.may_start(rid):
+            break
+        q.start(rid, work)
+        started.append(rid)
+        budget -= work
+    return started
+
+
+@pytest.mark.parametrize("policy", KEYS)
+def test_everybody_is_in_the_order_once(policy):
+    q = queue(policy)
+    for n in range(700):
+        add(q, f"r{n}", f"t{n % 7}", work=n % 13 * 100)
+    for n in range(0, 700, 3):
+        q.remove(f"r{n}")
+    order = q.order()
+    assert sorted((*order.ready, *order.later)) == sorted(f"r{n}" for n in range(700) if n % 3)
+    assert len(order.ready) <= LIMIT or policy != "fair"
+
+
+def test_an_unchanged_queue_is_not_sorted_again_and_a_changed_one_is():
+    q = queue()
+    add(q, "a", work=500)
+    add(q, "b", work=50)
+    first = q.order()
+    assert first.ready == ("b", "a") and q.order() is first and q.sorts == 1
+    q.revise("a", work=500, exact=0, reused=0, texts=Texts())
+    assert q.order() is first
+    q.revise("a", work=5, exact=0, reused=900, texts=Texts())
+    assert q.order().ready == ("a", "b")
+    add(q, "c", work=1)
+    assert q.order().ready == ("a", "c", "b") or q.order().ready[0] in "ac"
+
+
+def test_waiting_times_are_looked_at_again_once_the_engine_has_worked():
+    q = queue()
+    add(q, "running")
+    q.start("running", 0)
+    add(q, "dear", work=1000)
+    q.charge("running", 9000)
+    add(q, "cheap", work=100)
+    assert q.order().ready == ("dear", "cheap")
+    q.charge("running", 900)
+    assert q.order().ready == ("dear", "cheap")
+    q.charge("running", 900)
+    assert q.order().ready == ("cheap", "dear"), "18 times its work against 10.8"
+
+
+def test_a_hot_tenant_stops_when_its_quantum_is_spent():
+    q = queue(quantum=1000)
+    for n in range(50):
+        add(q, f"hot{n}", "hot", work=100)
+    assert len(start_all(q, budget=950)) == 10
+    add(q, "cold", "cold", work=3000)
+    assert start_all(q)[0] == "cold", "dearer, but the hot tenant owes"
+
+
+def test_the_pass_ends_before_a_tenant_in_debt_while_others_may_go_on():
+    q = queue(quantum=1000)
+    for rid, tenant, work in (("a1", "a", 100), ("a2", "a", 200), ("b1", "b", 300)):
+        add(q, rid, tenant, work=work)
+    assert q.order().ready == ("a1", "a2", "b1")
+    q.start("a1", 5000)  # dearer than was thought
+    assert not q.may_start("a2"), "b1 waits and b is above zero"
+    assert q.may_start("b1")
+
+
+def test_a_tier_is_served_before_the_next_even_by_a_tenant_in_debt():
+    q = queue(quantum=100)
+    add(q, "low", "b", tier=1.0)
+    for n in range(4):
+        add(q, f"high{n}", "a", tier=0.0)
+    assert q.order().ready == ("high0", "high1", "high2", "high3", "low")
+    assert start_all(q) == ["high0", "high1", "high2", "high3", "low"]
+
+
+def test_beside_a_long_prompt_those_that_fit_come_first_even_in_debt():
+    q = queue(quantum=100)
+    add(q, "spent", "small")
+    q.start("spent", 5000)
+    add(q, "short", "small", work=150)
+    add(q, "long", "other", work=5000)
+    assert q.order(room=500).ready == ("short", "long")
+    assert q.may_start("short")
+
+
+def test_a_long_prompt_leaves_half_of_its_chunk_to_short_ones_and_no_more():
+    q = queue()
+    assert q.chunk(9000, 1000) == 1000
+    for n in range(8):
+        add(q, f"s{n}", work=90)
+    q.order(room=500)
+    assert q.chunk(9000, 1000) == 550
+    assert q.chunk(9000, 1000, page=16) % 16 == 0
+    assert q.chunk(50, 1000) == 1000, "what is nearly done is not held up"
+    add(q, "big", work=600)
+    q.order(room=500)
+    assert q.chunk(9000, 1000) == 550
+
+
+def test_duplicates_wait_until_the_first_is_through():
+    q = queue()
+    doc = Texts(tuple((("doc", n), 100) for n in range(10)), 10)
+    for rid in ("first", "second", "third"):
+        add(q, rid, work=1000, texts=doc)
+    add(q, "other", work=1000)
+    order = q.order()
+    assert order.ready == ("first", "other") and order.held == 2
+    q.start("first", 1000, doc.given)
+    assert not q.may_start("second")
+    assert q.order().ready == ("other",)
+    q.duplicates.done("first")
+    q.revise("second", work=200, exact=0, reused=1000, texts=Texts())
+    assert q.order().ready[0] == "second"
+
+
+def test_what_ran_is_charged_and_a_retraction_gives_the_prompt_back_but_not_the_output():
+    q = queue(quantum=1000)
+    add(q, "a", "t", work=300)
+    came = q.clock
+    q.order()
+    q.start("a", 200)
+    q.charge("a", 100)
+    q.generated("a", 5)
+    assert q.accounts.deficits["t"] == 1000 - 300 - 10 and q.clock == came + 310
+    back = q.retract("a")
+    assert q.accounts.deficits["t"] == 1000 - 10 and (back.rid, back.since) == ("a", came)
+    q.add(back)
+    q.remove("a")
+    assert q.accounts.deficits["t"] == 1000 - 10, "nothing was charged for waiting"
+
+
+def test_a_finished_request_pays_for_what_ran_only():
+    q = queue(quantum=1000)
+    add(q, "a", "t", work=800)
+    q.order()
+    q.start("a", 300)
+    q.finish("a")  # aborted after one chunk
+    assert q.accounts.deficits["t"] == 700 and not q.running
+
+
+def test_an_id_that_waits_twice_is_refused():
+    q = queue()
+    add(q, "a")
+    with pytest.raises(ValueError, match="waits already"):
+        add(q, "a")
+
+
+@pytest.mark.parametrize("policy", [p for p in KEYS if p != "fair"])
+def test_the_published_orders_hold_nobody_back(policy):
+    q = queue(policy, quantum=1)
+    doc = Texts(tuple((("doc", n), 100) for n in range(10)), 10)
+    for n in range(300):
+        add(q, f"r{n}", work=1000, texts=doc)
+    assert len(start_all(q)) == 300

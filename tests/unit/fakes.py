@@ -13,6 +13,7 @@ class FakeTree:
         self.touched: list[int] = []
         self.calls: list[str] = []  # verbs used, in order
         self._left: dict[int, int] = {}
+        self.exact: dict[bytes, int] = {}  # bytes of a prompt's token array -> tokens of it the tree has
         self.refuse_lease: set[int] = set()  # donors that vanish between match and lease
         self.fail_lease: set[int] = set()  # donors whose lease raises
 
@@ -22,6 +23,10 @@ class FakeTree:
     def live_len(self, donor) -> int:
         self.calls.append("live_len")
         return min(len(donor.tokens), self._left.get(donor.id, len(donor.tokens)))
+
+    def prefix_len(self, key) -> int:
+        self.calls.append("prefix_len")
+        return self.exact.get(bytes(key.token_ids), 0)
 
     def lease(self, donor, length: int) -> DonorLease | None:
         self.calls.append("lease")

@@ -38,7 +38,7 @@ def test_every_setting_has_a_range_or_choices_and_a_reason():
     for item in FIELDS.values():
         limits = item.metadata
         assert limits["reason"], item.name
-        assert limits["choices"] or limits["low"] is not None or item.name == "strategy", item.name
+        assert limits["choices"] or limits["low"] is not None or item.name in ("strategy", "tenant_weights"), item.name
 
 
 def test_nothing_set_gives_the_defaults():
@@ -170,3 +170,15 @@ def test_a_preset_sets_what_nobody_set_by_name(tmp_path):
     assert KVShareConfig().for_request({"preset": "quality", "ratio": 0.2}).ratio == 0.2
     assert KVShareConfig() == load(KVSHARE_PRESET=KVShareConfig().preset)
     assert "quality" in refusal(KVSHARE_PRESET="qualty")
+
+
+def test_tenant_weights_are_a_list_of_names_and_numbers():
+    assert load().weights == {}
+    assert load(KVSHARE_TENANT_WEIGHTS="gold=4, free=0.5,").weights == {"gold": 4.0, "free": 0.5}
+    assert load(KVSHARE_TENANT_WEIGHTS="a=b=2").weights == {"a=b": 2.0}
+
+
+@pytest.mark.parametrize("text", ["gold", "gold=", "=3", "gold=many", "gold=0", "gold=-1", "gold=nan", "gold=1e9"])
+def test_a_wrong_tenant_weight_is_named(text):
+    with pytest.raises(ConfigError, match="tenant_weights.*KVSHARE_TENANT_WEIGHTS"):
+        load(KVSHARE_TENANT_WEIGHTS=f"ok=1,{text}")

@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from kvshare_sched.metrics import AUDIT_RESULTS, ORIGINS, PHASES, ShareMetrics
+from kvshare_sched.metrics import AUDIT_RESULTS, ORDER_RESULTS, ORIGINS, PHASES, ShareMetrics
+from kvshare_sched.scheduling.fairness import Accounts
+from kvshare_sched.scheduling.order import Waiting
+from kvshare_sched.scheduling.queue import Order, Queue
 from kvshare_sched.types import Outcome, Reason, ShareReport
 
 
@@ -49,7 +52,7 @@ def reports() -> list[ShareReport]:
 
 def test_every_name_has_the_prefix_and_a_help_text(metrics, registry):
     families = list(registry.collect())
-    assert len(families) == 19
+    assert len(families) == 25
     assert all(f.name.startswith("kvshare_") and f.documentation.endswith(".") for f in families)
     text = generate_latest(registry).decode()
     assert all(line.startswith(("#", "kvshare_")) for line in text.splitlines())
@@ -60,6 +63,8 @@ def test_counters_end_in_total_and_times_in_seconds(metrics, registry):
     assert {name for name, kind in kinds.items() if kind == "gauge"} == {
         *(f"kvshare_{n}" for n in ("index_tokens", "index_entries", "donors", "leases_held", "enabled")),
         *(f"kvshare_controller_{n}" for n in ("ratio", "off")),
+        *("kvshare_order_rounds", "kvshare_waiting_requests"),
+        *(f"kvshare_tenant_{n}_tokens" for n in ("deficit", "service")),
     }
     counters = [name for name, kind in kinds.items() if kind == "counter"]
     assert all((f"{name}_total") in {n for n, _ in samples(registry)} for name in counters)
@@ -148,3 +153,20 @@ def test_two_engines_on_two_registries_do_not_mix(metrics, registry):
     ShareMetrics(registry=other).record(reports()[0])
     assert set(samples(registry).values()) == {0.0}
     assert samples(other)["kvshare_prompt_tokens_total", ("reused",)] == 40
+
+
+def test_the_queue_shows_who_waits_for_what_and_names_few_tenants(metrics, registry):
+    queue = Queue("fair", Accounts(1000.0), 8)
+    for n in range(100):
+        queue.add(Waiting(f"r{n}", f"t{n}", n, 10, 10.0))
+    queue.accounts.charge("t0", 250)
+    metrics.queue.ordered("sorted", 0.002)
+    metrics.queue.observe(queue, Order(("r0", "r1"), ("r2", "r3", "r4"), held=1))
+    seen = samples(registry)
+    waits = {k[1][0]: v for k, v in seen.items() if k[0] == "kvshare_waiting_requests"}
+    assert waits == {"turn": 2, "deficit": 2, "duplicate": 1}
+    shown = {k[1][0]: v for k, v in seen.items() if k[0] == "kvshare_tenant_deficit_tokens"}
+    assert len(shown) == 32 and shown["t0"] == 750 and shown["t1"] == 1000
+    assert seen["kvshare_tenant_service_tokens", ("t0",)] == 250
+    assert {k[1][0] for k in seen if k[0] == "kvshare_order_passes_total"} == set(ORDER_RESULTS)
+    assert seen["kvshare_order_seconds_total", ()] == pytest.approx(0.002)

@@ -1,0 +1,250 @@
+"""The hooks of the waiting queue around SGLang's own policy and results, with stand-ins for requests and adder."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from array import array
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sglang.srt.managers.schedule_policy import AddReqResult, SchedulePolicy
+
+from kvshare_sched import queue_adapter
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.pipeline import Pipeline
+from kvshare_sched.planner import CostModel
+from kvshare_sched.server_queue import ServerQueue
+from kvshare_sched.sglang_adapter import namespace_of
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from fakes import FakeTree  # noqa: E402
+
+COSTS = CostModel(cell_s=1e-5, copy_s=1e-6, overhead_s=0.0, layers=10)
+DOC = np.random.default_rng(7).integers(0, 40_000, 600)
+
+
+class Req:
+    """The attributes of SGLang's request that we read."""
+
+    def __init__(self, rid, tokens=100, tenant="t", priority=None, wish=None):
+        ids = (
+            np.random.default_rng(zlib.crc32(rid.encode())).integers(0, 40_000, tokens)
+            if np.isscalar(tokens)
+            else tokens
+        )
+        self.rid, self.extra_key, self.cache_salt, self.lora_id, self.priority = rid, tenant, None, None, priority
+        self.origin_input_ids, self.output_ids = array("q", np.asarray(ids, np.int64).tobytes()), array("q")
+        self.full_untruncated_fill_ids = self.origin_input_ids
+        self.sampling_params = SimpleNamespace(custom_params={"kvshare": wish} if wish else None)
+        self.prefix_len, self.done = 0, False
+        self.extend_end = len(self.origin_input_ids)
+        self.extend_len = self.extend_end
+
+    def finished(self):
+        return self.done
+
+
+class Adder:
+    """Takes requests until `budget` tokens are gone, as SGLang does."""
+
+    def __init__(self, cache, budget=1 << 30):
+        self.tree_cache, self.budget, self.can_run_list, self.new_chunked_req = cache, budget, [], None
+
+    def add_one_req(self, req, has_chunked_req=False, truncation_align_size=None):
+        if self.budget <= 0:
+            return AddReqResult.OTHER
+        req.extend_end = min(len(req.origin_input_ids), req.prefix_len + self.budget)
+        self.budget -= req.extend_end - req.prefix_len
+        self.can_run_list.append(req)
+        if req.extend_end < len(req.origin_input_ids):
+            self.new_chunked_req = req
+        return AddReqResult.CONTINUE
+
+
+class World:
+    """One engine: SGLang's real policy object over a cache that carries our queue."""
+
+    def __init__(self, policy="fair", priority=False, **settings):
+        config = KVShareConfig(audit_share=0.0, **settings)
+        self.pipeline = Pipeline(config, FakeTree(), COSTS)
+        self.queue = ServerQueue(policy, config, self.pipeline, chunk=1000)
+        self.cache = SimpleNamespace(queue=self.queue, supports_fast_match_prefix=lambda: False, disable=False)
+        self.cache.supports_prefix_sharing = lambda: False
+        self.policy = SchedulePolicy.__new__(SchedulePolicy)
+        self.policy.policy, self.policy.tree_cache = (
+            SchedulePolicy._validate_and_adjust_policy(self.policy, "fcfs", self.cache),
+            self.cache,
+        )
+        self.policy.enable_priority_scheduling, self.policy.priority_sign = priority, -1
+        self.original = lambda *args, **kwargs: None
+        self.waiting: list[Req] = []
+
+    def order(self) -> list[str]:
+        queue_adapter.calc_priority(self.original, self.policy, self.waiting, None, processed_tokens=0)
+        return [req.rid for req in self.waiting]
+
+    def go(self, budget=1 << 30) -> list[str]:
+        """One pass of SGLang's loop; returns who was admitted."""
+        self.order()
+        adder = Adder(self.cache, budget)
+        for req in self.waiting:
+            if queue_adapter.add_one_req(partial(Adder.add_one_req), adder, req) != AddReqResult.CONTINUE:
+                break
+        self.waiting = [r for r in self.waiting if r not in adder.can_run_list]
+        return [r.rid for r in adder.can_run_list]
+
+    def publish(self, req):
+        self.pipeline.publish(req.rid, namespace_of(req), np.array(req.origin_input_ids))
+
+
+def test_requests_are_sorted_by_what_they_cost_beyond_128_too():
+    world = World()
+    world.waiting = [Req(f"r{n}", tokens=600 - n) for n in range(500)]
+    for _ in range(10):  # a bounded number is looked at in each pass
+        found = world.order()
+    assert found[:3] == ["r499", "r498", "r497"] and len(set(found)) == 500
+    assert world.queue.failures == 0
+
+
+def test_a_prompt_over_cached_text_comes_first_but_only_in_its_own_namespace():
+    world = World()
+    world.publish(Req("donor", DOC, tenant="mine"))
+    order = np.concatenate((DOC[300:], DOC[:300]))
+    world.waiting = [Req("theirs", order, "other"), Req("long", 590, "mine"), Req("mine", order, "mine")]
+    assert world.order()[0] == "mine"
+    assert world.queue.queue.work("theirs") == 600
+
+
+def test_looking_changes_nothing_in_the_tree():
+    world = World()
+    world.publish(Req("donor", DOC))
+    world.waiting = [Req("a", DOC), Req("b", DOC)]
+    world.order()
+    assert set(world.pipeline.tree.calls) <= {"prefix_len"} and not world.pipeline.tree.active
+
+
+def test_text_that_becomes_known_moves_a_waiting_request_forward():
+    world = World()
+    world.waiting = [Req("short", 400), Req("over", np.concatenate((DOC, DOC[:50])))]
+    assert world.order() == ["short", "over"]
+    world.publish(Req("donor", DOC))
+    assert world.order() == ["over", "short"]
+
+
+def test_the_second_request_over_one_text_waits_until_the_first_has_published():
+    world = World(quantum=100_000)
+    first, second = Req("first", DOC), Req("second", DOC)
+    world.waiting = [first, second, Req("other", 600)]
+    assert world.go() == ["first", "other"]
+    assert world.go() == []
+    world.publish(first)
+    assert world.go() == ["second"]
+
+
+def test_nobody_waits_for_ever_for_a_text_that_never_comes():
+    world = World(duplicate_wait=3)
+    world.waiting = [Req("first", DOC), Req("second", DOC)]
+    assert [world.go() for _ in range(5)] == [["first"], [], [], [], ["second"]]
+
+
+def test_a_tenant_that_has_spent_its_quantum_stops_the_pass():
+    world = World(quantum=250)
+    world.waiting = [Req(f"hot{n}", 100, "hot") for n in range(9)] + [Req("cold", 500, "cold")]
+    assert world.go() == ["hot0", "hot1", "hot2", "cold", *(f"hot{n}" for n in range(3, 9))]
+    world.queue.queue.accounts.charge("hot", 1000)
+    world.waiting = [Req("hot", 10, "hot"), Req("new", 800, "new")]
+    assert world.go(budget=100) == ["new"]
+
+
+def test_an_abort_while_waiting_and_one_while_running():
+    world = World(quantum=1000)
+    running, waiting = Req("running", 400), Req("waiting", 300)
+    world.waiting = [running, waiting]
+    assert world.go(budget=100) == ["waiting"]
+    world.waiting.remove(running)
+    world.order()
+    books = world.queue.queue.accounts
+    assert books.deficits["t"] == 900, "100 tokens ran; nothing is owed for having waited"
+    waiting.done = True
+    world.queue.released(waiting)
+    assert books.deficits["t"] == 900 and not world.queue.queue.running
+
+
+def test_a_retracted_request_gets_its_prompt_back_and_keeps_its_place():
+    world = World(quantum=1000)
+    req = Req("r", 300)
+    world.waiting = [req]
+    world.go()
+    req.output_ids = array("q", [1, 2, 3])
+    world.queue.released(req)  # not finished: retracted
+    assert world.queue.queue.accounts.deficits["t"] == 1000 - 6
+    world.waiting = [Req("later", 303), req]
+    assert world.order() == ["r", "later"]
+
+
+def test_output_tokens_are_charged_while_they_come():
+    world = World(quantum=1000)
+    req = Req("r", 300)
+    world.waiting = [req]
+    world.go()
+    req.output_ids = array("q", range(50))
+    world.waiting = [Req("next", 10)]
+    world.order()
+    assert world.queue.queue.accounts.deficits["t"] == 1000 - 300 - 100
+
+
+def test_priorities_are_tiers_when_sglang_has_them_enabled():
+    reqs = [Req("low", 10, priority=1), Req("high", 900, priority=5), Req("none", 5, priority=-sys.maxsize - 1)]
+    world = World(priority=True)
+    world.waiting = list(reqs)
+    assert world.order() == ["high", "low", "none"]
+    world = World(priority=False)
+    world.waiting = list(reqs)
+    assert world.order() == ["none", "low", "high"]
+
+
+def test_a_failure_leaves_sglangs_order_and_the_next_pass_is_ours_again(monkeypatch):
+    world = World()
+    world.waiting = [Req("b", 500), Req("a", 100)]
+    with monkeypatch.context() as broken:
+        broken.setattr(world.queue.queue, "order", lambda room: 1 / 0)
+        assert world.order() == ["b", "a"]
+    assert world.queue.failures == 1
+    assert world.go() == ["a", "b"], "in force again, nobody lost"
+
+
+def test_two_requests_with_one_id_are_a_failure_that_loses_nobody():
+    world = World()
+    world.waiting = [Req("same", 500), Req("same", 100)]
+    assert world.go() == ["same", "same"] and world.queue.failures == 1
+
+
+def test_a_long_prompt_in_chunks_leaves_half_of_the_next_one_to_short_prompts():
+    world = World(quantum=100_000)
+    world.waiting = [Req("long", 5000)]
+    assert world.go(budget=1000) == ["long"]
+    world.waiting = [Req("longer", 4900), Req("short", 200)]
+    assert world.order() == ["short", "longer"]
+    long = Req("long", 5000)
+    limit = queue_adapter.chunk_limit(None, world.policy, long, world.waiting, 1000, 1)
+    assert limit == 800
+
+
+@pytest.mark.parametrize(
+    ("argv", "policy", "expected"),
+    [
+        ([], "fcfs", "fair"),
+        (["--schedule-policy", "fcfs"], "fcfs", "off"),
+        (["--schedule-policy=lpm"], "lpm", "off"),
+        ([], "hrrn", "off"),
+        (["--schedule-conservativeness", "0.3"], "fcfs", "fair"),
+    ],
+)
+def test_sglangs_policy_wins_when_it_was_asked_for(argv, policy, expected):
+    args = SimpleNamespace(schedule_policy=policy)
+    assert queue_adapter.chosen(KVShareConfig(), args, ["launch_server", *argv]) == expected
+    assert queue_adapter.chosen(KVShareConfig(scheduler="off"), args, argv) == "off"

@@ -204,7 +204,8 @@ class QueueMetrics:
     def observe(self, queue, order) -> None:
         """Show a `scheduling.Queue` and the order just made. Tenants beyond the first 32 are not shown."""
         self._rounds.set(queue.accounts.refills)
-        waits = (len(order.ready), len(order.later) - order.held, order.held)
+        ready = len(order.ready)
+        waits = (ready, len(order.rows) - ready - order.held, order.held)
         for name, count in zip(WAITS, waits, strict=True):
             self._waiting.labels(name).set(count)
         for account, deficit in queue.accounts.deficits.items():

@@ -16,7 +16,7 @@ from kvshare_sched.scheduling.estimate import Estimate, Prices, estimate
 from kvshare_sched.types import Namespace
 
 _THINNING = 4  # one in so many of the index's fingerprints is kept: one in 36 tokens
-_NEW_TOKENS = 65_536  # prompt tokens fingerprinted in one pass
+_NEW_TOKENS = 32_768  # prompt tokens fingerprinted in one pass
 _AGAIN = 64  # requests looked at again in one pass
 _INSPECTED = 1024  # requests asked in one pass whether they need it
 
@@ -27,8 +27,8 @@ class Prompt:
 
     rid: str
     namespace: Namespace
-    tokens: np.ndarray  # int64 [prompt]
-    key: object  # the tree's key of everything but the last token
+    prompt: int  # tokens
+    key: object  # the tree's key of everything but the last token; `token_ids` holds all, int64
     reusable: bool  # not opted out
     prints: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -65,8 +65,9 @@ class Peek:
         left = _NEW_TOKENS
         while self._new and left > 0:
             rid, prompt = self._new.popitem(last=False)
-            left -= len(prompt.tokens)
-            prompt.prints, prompt.positions = self._pipeline.index.fingerprints(prompt.tokens, _THINNING)
+            left -= prompt.prompt
+            tokens = np.frombuffer(prompt.key.token_ids, np.int64)
+            prompt.prints, prompt.positions = self._pipeline.index.fingerprints(tokens, _THINNING)
             self._prompts[rid] = prompt
             yield rid, self._look(prompt)
         generation = self._generation()
@@ -109,4 +110,4 @@ class Peek:
             copy=self.copy_price,
             least=config.min_suffix,
         )
-        return estimate(len(prompt.tokens), exact, prompt.prints, prompt.positions, known, prices)
+        return estimate(prompt.prompt, exact, prompt.prints, prompt.positions, known, prices)

@@ -11,7 +11,7 @@ import logging
 import time
 from array import array
 
-import numpy as np
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from kvshare_sched.audit import tenant_of
 from kvshare_sched.peek import Peek, Prompt
@@ -132,39 +132,43 @@ class ServerQueue:
         self._order = self.queue.order(self._chunk / 2 if self._long is not None else 0.0)
         if self.queue.sorts == sorts and waiting == self._listed:
             return "unchanged"
-        waiting[:] = [self._waiting[rid] for rid in (*self._order.ready, *self._order.later)]
+        waiting[:] = self.queue.items[self._order.rows].tolist()
         self._listed = list(waiting)
         if self._metrics is not None:
             self._metrics.observe(self.queue, self._order)
         return "sorted"
 
     def _mirror(self, waiting: list, policy) -> None:
-        now = {req.rid: req for req in waiting}
-        if len(now) != len(waiting):
-            raise ValueError("two waiting requests have the same id")
-        for rid in [rid for rid, req in self._waiting.items() if now.get(rid) is not req]:
-            del self._waiting[rid]
-            self._peek.remove(rid)
-            self.queue.remove(rid)
+        gone, come = _difference(self._listed, waiting)
+        if self._returning or (come and not {id(req) for req in gone}.isdisjoint(map(id, come))):
+            # SGLang has sorted, or a request left and is back: compare with what we know.
+            listed = {id(req) for req in waiting}
+            gone = [req for req in self._waiting.values() if id(req) not in listed]
+            come = [req for req in waiting if self._waiting.get(req.rid) is not req]
+        for req in gone:
+            if self._waiting.get(req.rid) is req:  # else it runs
+                del self._waiting[req.rid]
+                self._peek.remove(req.rid)
+                self.queue.remove(req.rid)
         sign = policy.priority_sign if policy.enable_priority_scheduling else 0
-        for rid, req in now.items():
-            if rid not in self._waiting:
-                self._arrive(req, float(sign * req.priority) if sign else 0.0)
-                self._waiting[rid] = req
+        for req in come:
+            self._arrive(req, float(sign * req.priority) if sign else 0.0)
+            self._waiting[req.rid] = req
         self._returning.clear()
+        if len(self._waiting) != len(waiting):
+            raise ValueError(f"{len(waiting)} requests wait, {len(self._waiting)} are known")
 
     def _arrive(self, req, tier: float) -> None:
         namespace = namespace_of(req)
-        tokens = req.origin_input_ids + req.output_ids
+        tokens = req.origin_input_ids + req.output_ids if req.output_ids else req.origin_input_ids
         tenant = _AUDITS if self._pipeline.auditor.owns(req.rid) else tenant_of(namespace)
         back = self._returning.get(req.rid)
         self._arrivals += 1
         arrival, since = (back.arrival, back.since) if back else (self._arrivals, self.queue.clock)
         size = len(tokens)
-        self.queue.add(Waiting(req.rid, tenant, arrival, size, size, since=since, tier=tier))
+        self.queue.add(Waiting(req.rid, tenant, arrival, size, size, since=since, tier=tier), item=req)
         reusable = not req.output_ids and (req.sampling_params.custom_params or {}).get(REPORT_KEY) != "off"
-        prompt = Prompt(req.rid, namespace, np.array(tokens, np.int64), _key(req, tokens), reusable)
-        self._peek.add(prompt)
+        self._peek.add(Prompt(req.rid, namespace, size, _key(req, tokens), reusable))
 
     def _start(self, req) -> None:
         del self._waiting[req.rid]
@@ -200,14 +204,29 @@ class ServerQueue:
 
     def _failed(self, what: str) -> str:
         if self.failures % _LOG_EVERY == 0:
-            logger.exception("kvshare: %s failed (%d times); SGLang's own order for this pass", what, self.failures + 1)
+            logger.exception(
+                "kvshare: ordering failed (%s, %d before); SGLang's order for this pass", what, self.failures
+            )
         self.failures += 1
         self._start_over()
         return "failed"
 
 
-def _key(req, tokens: array):
-    """The tree's key of all tokens but the last, which is always computed."""
-    from sglang.srt.mem_cache.radix_cache import RadixKey
+def _difference(old: list, new: list) -> tuple[list, list]:
+    """(objects that are gone, objects that have come).
 
+    Right for a list that items were taken out of and others appended to, which is all that SGLang does in most modes;
+    whatever else happened, items that are gone and have come appear in both.
+    """
+    gone, kept = [], 0
+    for item in old:
+        if kept < len(new) and new[kept] is item:
+            kept += 1
+        else:
+            gone.append(item)
+    return gone, new[kept:]
+
+
+def _key(req, tokens: array) -> RadixKey:
+    """The tree's key of all tokens but the last, which is always computed."""
     return RadixKey(tokens, req.extra_key, limit=len(tokens) - 1, cache_salt=req.cache_salt)

@@ -40,10 +40,12 @@ class Duplicates:
         self._count: Counter[Hashable] = Counter()  # texts that running requests are computing
         self._ahead: set[Hashable] = set()  # texts of requests further ahead in this pass
         self._passes: dict[str, int] = {}
+        self.counting = False  # somebody waits for a running request, so the next pass counts
 
     def begin_pass(self) -> None:
         """Forget who was ahead."""
         self._ahead.clear()
+        self.counting = False
 
     def holds(self, rid: str, texts: Texts, work: float) -> bool:
         """Whether a request had better wait, asked once a pass in the order of the queue.
@@ -60,6 +62,7 @@ class Duplicates:
                 return True
             passes = self._passes[rid] = self._passes.get(rid, 0) + 1
             if passes <= self.bound:
+                self.counting = True
                 return True
         self._ahead.update(texts.given)
         return False

@@ -134,47 +134,55 @@ def rounds_owed(deficit: float, grant: float) -> int:
 
 
 def sequence(
-    ranked: Sequence[int],
+    ranked: Iterable[int],
     accounts: Sequence[str],
-    work: Sequence[float],
+    work: Callable[[int], float],
     credit: dict[str, float],
     grant: Callable[[str], float],
     limit: int,
     held: Callable[[int], bool],
-) -> tuple[list[int], list[int]]:
-    """(rows in the order deficit round robin starts them, rows that are held back), `limit` rows at most.
+) -> tuple[list[int], int]:
+    """(rows in the order deficit round robin starts them, `limit` at most; how many rows are held back).
 
-    ranked: rows by key, best first. accounts, work: of each row. credit: deficit of each account, spent on the way.
-    held: asked once, in order, for every row that would be next.
+    ranked: rows by key, best first. accounts: of each row. credit: deficit of each account, spent on the way.
+    work, held: asked once, in order, for every row that would be next.
     """
-    queues: dict[str, list[int]] = {}
-    for place, row in enumerate(ranked):
-        queues.setdefault(accounts[row], []).append(place)
-    cursor = dict.fromkeys(queues, 0)
-    ready = [(places[0], account) for account, places in queues.items() if credit[account] > 0]
-    heapq.heapify(ready)
-    owing = [account for account in queues if credit[account] <= 0]
     started: list[int] = []
-    kept: list[int] = []
-    while len(started) < limit and (ready or owing):
-        if not ready:
-            rounds = min(rounds_owed(credit[a], grant(a)) for a in owing)
-            for account in owing:
-                credit[account] += rounds * grant(account)
-            ready = [(queues[a][cursor[a]], a) for a in owing if credit[a] > 0]
-            heapq.heapify(ready)
-            owing = [a for a in owing if credit[a] <= 0]
-        place, account = heapq.heappop(ready)
-        row = ranked[place]
+    kept = 0
+    later: dict[str, list[int]] = {}  # rows of accounts in debt
+    place: dict[int, int] = {}  # their places in `ranked`
+
+    def take(row: int) -> None:
+        nonlocal kept
         if held(row):
-            kept.append(row)
+            kept += 1
         else:
             started.append(row)
-            credit[account] -= max(1.0, work[row])
-        cursor[account] += 1
-        if cursor[account] < len(queues[account]):
-            if credit[account] > 0:
-                heapq.heappush(ready, (queues[account][cursor[account]], account))
-            else:
-                owing.append(account)
+            credit[accounts[row]] -= max(1.0, work(row))
+
+    for number, row in enumerate(ranked):
+        if len(started) >= limit:
+            return started, kept
+        account = accounts[row]
+        if credit[account] > 0:
+            take(row)
+        else:
+            later.setdefault(account, []).append(row)
+            place[row] = number
+    for rows in later.values():
+        rows.reverse()
+    while later and len(started) < limit:
+        rounds = min(rounds_owed(credit[a], grant(a)) for a in later)
+        for account in later:
+            credit[account] += rounds * grant(account)
+        ready = [(place[rows[-1]], a) for a, rows in later.items() if credit[a] > 0]
+        heapq.heapify(ready)
+        while ready and len(started) < limit:
+            _, account = heapq.heappop(ready)
+            rows = later[account]
+            take(rows.pop())
+            if not rows:
+                del later[account]
+            elif credit[account] > 0:
+                heapq.heappush(ready, (place[rows[-1]], account))
     return started, kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +26,11 @@ _NOTHING = Texts()
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """`ready` in the order in which they should start; `later` must not start in this pass."""
+    """`ready`: who should start, in this order. The others must not start in this pass."""
 
     ready: tuple[str, ...]
-    later: tuple[str, ...] = ()
-    held: int = 0  # of `later`: wait for somebody else's text
+    rows: np.ndarray  # all row numbers, those of `ready` first, int64
+    held: int = 0  # of the others: wait for somebody else's text
 
 
 @dataclass(slots=True)
@@ -48,7 +49,8 @@ class Queue:
         self.duplicates = Duplicates(duplicate_wait if policy == "fair" else 0)
         self.clock = 0.0  # tokens of service given so far
         self.running: dict[str, _Running] = {}
-        self.rids: list[str] = []
+        self.rids: list[str] = []  # by row
+        self.items = np.empty(64, object)  # by row: what the caller knows the request by
         self.sorts = 0
         self._row: dict[str, int] = {}
         self._waiting: list[Waiting] = []
@@ -72,16 +74,21 @@ class Queue:
 
     # ---- events ----
 
-    def add(self, waiting: Waiting, texts: Texts = _NOTHING) -> None:
-        """A request starts to wait. Raises ValueError when its id is waiting already."""
+    def add(self, waiting: Waiting, texts: Texts = _NOTHING, item: object = None) -> None:
+        """A request starts to wait; `item` goes with it into `items`.
+
+        Raises ValueError when its id is waiting already.
+        """
         if waiting.rid in self._row:
             raise ValueError(f"request {waiting.rid} waits already")
         row = len(self.rids)
         if row == self._data.shape[1]:
             self._data = np.concatenate((self._data, np.zeros_like(self._data)), axis=1)
+            self.items = np.concatenate((self.items, np.empty(row, object)))
         w = waiting
         self._data[:, row] = (w.tier, w.arrival, w.since, w.work, w.exact, w.reused, w.prompt)
         self._row[waiting.rid] = row
+        self.items[row] = item
         self.rids.append(waiting.rid)
         self._waiting.append(waiting)
         self._accounts.append(self.accounts.enter(waiting.tenant))
@@ -143,6 +150,7 @@ class Queue:
         for column in (self.rids, self._waiting, self._accounts, self._texts):
             column[row] = column[last]
             column.pop()
+        self.items[row], self.items[last] = self.items[last], None
         if row != last:
             self._data[:, row] = self._data[:, last]
             self._row[self.rids[row]] = row
@@ -165,44 +173,43 @@ class Queue:
             self._order is not None
             and room == self._ordered_at[1]
             and self.clock - self._ordered_at[0] < _STEP
-            and not self._order.held  # those wait for something that is about to happen
+            and not self.duplicates.counting
         ):
             return self._order
         self.sorts += 1
         rows = Rows(*self._data[:, : len(self.rids)])
-        places = ranked(self.policy, rows, self.clock).tolist()
+        places = ranked(self.policy, rows, self.clock)
         if self.policy == "fair":
             self._order = self._fair(places, rows, room)
         else:
-            self._order = Order(tuple(self.rids[row] for row in places))
+            self._order = Order(tuple(self.rids[row] for row in places.tolist()), places)
         self._ordered_at = (self.clock, room)
         return self._order
 
-    def _fair(self, places: list[int], rows: Rows, room: float) -> Order:
-        work, tier = rows.work.tolist(), rows.tier.tolist()
+    def _fair(self, places: np.ndarray, rows: Rows, room: float) -> Order:
         credit = dict(self.accounts.deficits)
         self.duplicates.begin_pass()
         ready: list[int] = []
-        kept: list[int] = []
+        held = 0
         self._may = {}
-        for number, group in enumerate(_groups(places, tier, work, room)):
-            if len(ready) < LIMIT:
-                started, held = sequence(
-                    group,
-                    self._accounts,
-                    work,
-                    credit,
-                    self.accounts.grant,
-                    LIMIT - len(ready),
-                    lambda row: self.duplicates.holds(self.rids[row], self._texts[row], work[row]),
-                )
-                ready += started
-                kept += held
-                self._may |= {self.rids[row]: (number, self._accounts[row]) for row in started}
+        for number, group in enumerate(_groups(places, rows, room)):
+            started, kept = sequence(
+                group.tolist(),
+                self._accounts,
+                lambda row: float(rows.work[row]),
+                credit,
+                self.accounts.grant,
+                LIMIT - len(ready),
+                lambda row: self.duplicates.holds(self.rids[row], self._texts[row], float(rows.work[row])),
+            )
+            ready += started
+            held += kept
+            self._may |= {self.rids[row]: (number, self._accounts[row]) for row in started}
         self._left = Counter(self._may.values())
-        chosen = set(ready)
-        later = [row for row in places if row not in chosen]
-        return Order(tuple(self.rids[r] for r in ready), tuple(self.rids[r] for r in later), len(kept))
+        others = np.ones(len(places), bool)
+        others[ready] = False
+        ordered = np.concatenate((np.array(ready, np.int64), places[others[places]]))
+        return Order(tuple(self._may), ordered, held)
 
     def chunk(self, left: float, budget: int, page: int = 1) -> int:
         """Tokens the next piece of a long prompt may have when `left` of it are to do, so that others run beside it.
@@ -230,19 +237,11 @@ class Queue:
         return self.accounts.may_start(account, (a for (g, a), left in self._left.items() if left and g == group))
 
 
-def _groups(places: list[int], tier: list[float], work: list[float], room: float):
+def _groups(places: np.ndarray, rows: Rows, room: float) -> Iterator[np.ndarray]:
     """Rows tier by tier, and inside a tier those that fit beside a long prompt first."""
-    start = 0
-    while start < len(places):
-        end = start + 1
-        if tier[places[start]] == tier[places[-1]]:
-            end = len(places)
-        while end < len(places) and tier[places[end]] == tier[places[start]]:
-            end += 1
-        group = places[start:end]
-        if room:
-            yield [row for row in group if work[row] <= room]
-            group = [row for row in group if work[row] > room]
-        if group:
-            yield group
-        start = end
+    edges = np.flatnonzero(np.diff(rows.tier[places])) + 1
+    for tier in np.split(places, edges):
+        fits = rows.work[tier] <= room if room else np.ones(len(tier), bool)
+        for group in (tier[fits], tier[~fits]):
+            if len(group):
+                yield group

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -161,7 +162,7 @@ def test_the_queue_shows_who_waits_for_what_and_names_few_tenants(metrics, regis
         queue.add(Waiting(f"r{n}", f"t{n}", n, 10, 10.0))
     queue.accounts.charge("t0", 250)
     metrics.queue.ordered("sorted", 0.002)
-    metrics.queue.observe(queue, Order(("r0", "r1"), ("r2", "r3", "r4"), held=1))
+    metrics.queue.observe(queue, Order(("r0", "r1"), np.arange(5), held=1))
     seen = samples(registry)
     waits = {k[1][0]: v for k, v in seen.items() if k[0] == "kvshare_waiting_requests"}
     assert waits == {"turn": 2, "deficit": 2, "duplicate": 1}

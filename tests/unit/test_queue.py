@@ -40,7 +40,8 @@ def test_everybody_is_in_the_order_once(policy):
     for n in range(0, 700, 3):
         q.remove(f"r{n}")
     order = q.order()
-    assert sorted((*order.ready, *order.later)) == sorted(f"r{n}" for n in range(700) if n % 3)
+    assert sorted(q.rids[row] for row in order.rows) == sorted(f"r{n}" for n in range(700) if n % 3)
+    assert tuple(q.rids[row] for row in order.rows)[: len(order.ready)] == order.ready
     assert len(order.ready) <= LIMIT or policy != "fair"
 
 

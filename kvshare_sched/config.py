@@ -76,6 +76,13 @@ class KVShareConfig:
     unknown_tenants: int = _setting(
         256, "accounts", "tenants without a weight that are told apart at a time; the rest share one account", low=1
     )
+    pass_overhead: float = _setting(
+        0.1,
+        "share",
+        "fixed cost of a prefill pass that is worth a shorter wait; 0: as large as fits",
+        low=0.0,
+        high=1.0,
+    )
     duplicate_wait: int = _setting(8, "passes", "waits for a running request with the same text; 0: none", low=0)
 
     def __post_init__(self):

@@ -22,6 +22,11 @@ class CostModel:
     copy_s: float  # copy and rotate one token on all layers
     overhead_s: float  # a request with reuse over one without: planning, extra batch metadata, selection
     layers: int
+    pass_rows: float = 0.0  # fixed cost of a forward pass, in rows of ordinary prefill
+
+    def pass_tokens(self, overhead: float) -> float:
+        """Tokens of work at which the fixed cost is that share of a pass; 0 where either is not known."""
+        return self.pass_rows / overhead if overhead else 0.0
 
     def saving_s(self, plan: ReusePlan, cells: int) -> float:
         """Seconds a plan that computes `cells` cells is expected to save; negative when it costs."""

@@ -38,7 +38,12 @@ class ServerQueue:
     def _start_over(self) -> None:
         config = self._config
         accounts = Accounts(config.quantum, config.weights, config.unknown_tenants)
-        self.queue = Queue(self._policy, accounts, config.duplicate_wait if config.mode == "on" else 0)
+        self.queue = Queue(
+            self._policy,
+            accounts,
+            config.duplicate_wait if config.mode == "on" else 0,
+            self._pipeline.costs.pass_tokens(config.pass_overhead),
+        )
         self._peek = Peek(self._pipeline)
         self._arrivals = 0
         self._listed: list = []  # SGLang's list as we left it

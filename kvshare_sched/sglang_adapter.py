@@ -217,10 +217,11 @@ def wire(cache, ctx):
     if ctx.tp_rank == 0:
         logger.info("kvshare: %s", config.describe())
         logger.info(
-            "kvshare: measured %.1f us a prefill cell, %.1f us a copied token, %.2f ms overhead, %d layers",
+            "kvshare: measured %.1f us a prefill cell, %.1f us a copied token, %.2f ms overhead, %.0f rows a pass, %d layers",
             costs.cell_s * 1e6,
             costs.copy_s * 1e6,
             costs.overhead_s * 1e3,
+            costs.pass_rows,
             costs.layers,
         )
     return pipeline, queue
@@ -265,12 +266,14 @@ def _measure_costs(runner, cos_sin, neox) -> CostModel:
     rows = torch.zeros(_SAMPLE, widest.shape[1], dtype=widest.dtype, device=device)
     try:
         product = seconds(lambda: rows @ widest.T) / (_SAMPLE * widest.numel())
+        single = seconds(lambda: rows[:1] @ widest.T) / widest.numel()
     except RuntimeError:  # quantised weights have no plain product; assume the pool's bandwidth instead
-        product = copy(_SAMPLE) / _SAMPLE / per_row
+        product, single = copy(_SAMPLE) / _SAMPLE / per_row, 0.0
     one = copy(1)
     return CostModel(
         cell_s=product * per_row,
         copy_s=max(copy(_SAMPLE) - one, 0.0) / _SAMPLE,
         overhead_s=3 * one,  # a copy, a second batch plan, a selection: each about one launch a layer
         layers=layers,
+        pass_rows=single / product,  # one row reads all weights, as any pass does
     )

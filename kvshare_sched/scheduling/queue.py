@@ -43,8 +43,9 @@ class _Running:
 class Queue:
     """Waiting and running requests of one engine under one policy (a key of `order.KEYS`)."""
 
-    def __init__(self, policy: str, accounts: Accounts, duplicate_wait: int):
+    def __init__(self, policy: str, accounts: Accounts, duplicate_wait: int, pass_tokens: float = 0):
         self.policy = policy
+        self.pass_tokens = pass_tokens  # a pass that costs so many starts nobody else; 0: as many as fit
         self.accounts = accounts
         self.duplicates = Duplicates(duplicate_wait if policy == "fair" else 0)
         self.clock = 0.0  # tokens of service given so far
@@ -61,6 +62,7 @@ class Queue:
         self._ordered_at = (0.0, 0.0)  # clock, room
         self._may: dict[str, tuple[int, str]] = {}  # (group, account) of the requests that may start in this pass
         self._left: Counter[tuple[int, str]] = Counter()  # how many of them have not
+        self._spent = 0.0  # tokens that were started in this pass
 
     def __len__(self) -> int:
         return len(self.rids)
@@ -113,6 +115,7 @@ class Queue:
         self.running[rid] = _Running(waiting, account)
         self.duplicates.computing(rid, computing)
         self.charge(rid, work)
+        self._spent += work
 
     def charge(self, rid: str, work: float) -> None:
         """A running request computed `work` more tokens of its prompt."""
@@ -169,6 +172,7 @@ class Queue:
         room: with a long prompt half done, the tokens left beside its next chunk; what does not fit comes last. 0: no
         such prompt.
         """
+        self._spent = 0.0
         if (
             self._order is not None
             and room == self._ordered_at[1]
@@ -231,7 +235,7 @@ class Queue:
         """
         if self.policy != "fair":
             return True
-        if rid not in self._may:
+        if rid not in self._may or (self.pass_tokens and self._spent >= self.pass_tokens):
             return False
         group, account = self._may[rid]
         return self.accounts.may_start(account, (a for (g, a), left in self._left.items() if left and g == group))

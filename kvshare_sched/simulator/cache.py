@@ -6,7 +6,6 @@ A block counts as cached when all of it is. Least recently used ends of paths le
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +15,12 @@ _SHORTEST = 32  # tokens of a run that may be reused elsewhere
 
 
 class _Node:
-    __slots__ = ("parent", "block", "children", "used", "pins", "number")
+    __slots__ = ("parent", "block", "children", "used", "number")
 
     def __init__(self, parent: _Node | None, block: Block, number: int):
         self.parent, self.block, self.number = parent, block, number
         self.children: dict[Block, _Node] = {}
-        self.used = self.pins = 0
+        self.used = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Cache:
         self.capacity, self.reuse = capacity, reuse
         self.tokens = 0
         self._roots: dict[str, _Node] = {}
-        self._homes: dict[str, Counter[Block]] = {}  # blocks of each tenant that are somewhere in the tree
+        self._homes: dict[str, dict[Block, list[_Node]]] = {}  # where each tenant's blocks are
         self._ends: list[tuple[int, int, str, _Node]] = []  # (used, number, tenant, end of a path); some out of date
         self._time = self._number = 0
 
@@ -67,14 +66,14 @@ class Cache:
         """These blocks' exact KV enters the tree; whether anything is new. Evicts what is oldest."""
         self._time += 1
         node = self._roots.setdefault(tenant, _Node(None, ("", 0), 0))
-        homes = self._homes.setdefault(tenant, Counter())
+        homes = self._homes.setdefault(tenant, {})
         new = False
         for block in blocks:
             child = node.children.get(block)
             if child is None:
                 self._number += 1
                 child = node.children[block] = _Node(node, block, self._number)
-                homes[block] += 1
+                homes.setdefault(block, []).append(child)
                 self.tokens += block[1]
                 new = True
             child.used = self._time
@@ -82,6 +81,15 @@ class Cache:
         if node.parent is not None and not node.children:
             heapq.heappush(self._ends, (node.used, node.number, tenant, node))
         return new
+
+    def touch(self, tenant: str, blocks: Sequence[Block]) -> None:
+        """A request reuses: the donors of its blocks, one each, are worth keeping."""
+        self._time += 1
+        homes = self._homes.get(tenant, {})
+        for block in blocks:
+            node = homes[block][-1] if block in homes else None
+            while node is not None and node.parent is not None:
+                node.used, node = self._time, node.parent
 
     def shrink(self, room: int) -> None:
         """Evict until at most `room` tokens are kept."""
@@ -96,7 +104,7 @@ class Cache:
             del parent.children[node.block]
             self.tokens -= node.block[1]
             homes = self._homes[tenant]
-            homes[node.block] -= 1
+            homes[node.block].remove(node)
             if not homes[node.block]:
                 del homes[node.block]
             if parent.parent is not None and not parent.children:

@@ -154,6 +154,8 @@ class Engine:
             if (self._long is not None and live.rows > budget) or not self.queue.may_start(rid):
                 break
             self._look(live)
+            if live.found.reused:
+                self.cache.touch(live.request.tenant, live.request.blocks)
             piece = min(live.rows, budget)
             live.held, live.left = need, live.request.new_tokens
             self._held += need

@@ -57,10 +57,11 @@ def _spread(x: np.ndarray) -> dict[str, float]:
     return {"mean": float(x.mean()), **{f"p{q}": float(np.percentile(x, q)) for q in (50, 95, 99)}}
 
 
-def queue_of(policy: str, config: KVShareConfig) -> Queue:
+def queue_of(policy: str, config: KVShareConfig, profile: profiles.Profile) -> Queue:
     """A queue as the server would make it."""
     accounts = Accounts(config.quantum, config.weights, config.unknown_tenants)
-    return Queue(policy, accounts, config.duplicate_wait)
+    tokens = profile.pass_s / profile.row_s / config.pass_overhead if config.pass_overhead else 0.0
+    return Queue(policy, accounts, config.duplicate_wait, tokens)
 
 
 def run(options) -> int:
@@ -73,7 +74,7 @@ def run(options) -> int:
         else:
             requests = traffic.library(options.requests, options.tenants, options.rate, seed=options.seed)
         started = time.perf_counter()
-        engine = Engine(profile, queue_of(policy, config), reuse=config.mode == "on")
+        engine = Engine(profile, queue_of(policy, config, profile), reuse=config.mode == "on")
         found = results[policy] = summary(engine.run(requests))
         ttft = found["ttft_s"]
         took = time.perf_counter() - started

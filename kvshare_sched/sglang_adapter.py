@@ -217,12 +217,8 @@ def wire(cache, ctx):
     if ctx.tp_rank == 0:
         logger.info("kvshare: %s", config.describe())
         logger.info(
-            "kvshare: measured %.1f us a prefill cell, %.1f us a copied token, %.2f ms overhead, %.0f rows a pass, %d layers",
-            costs.cell_s * 1e6,
-            costs.copy_s * 1e6,
-            costs.overhead_s * 1e3,
-            costs.pass_rows,
-            costs.layers,
+            "kvshare: measured %.1f us a cell, %.1f us a copied token, %.2f ms overhead, %.0f rows a pass, %d layers",
+            *(costs.cell_s * 1e6, costs.copy_s * 1e6, costs.overhead_s * 1e3, costs.pass_rows, costs.layers),
         )
     return pipeline, queue
 

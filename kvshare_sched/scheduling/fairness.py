@@ -91,16 +91,15 @@ class Accounts:
         """
         if self.deficits[account] > 0:
             return True
-        if any(self.deficits[other] > 0 for other in others):
+        may_run = {account, *others}
+        if any(self.deficits[other] > 0 for other in may_run):
             return False
-        self._refill()
+        self._refill(min(map(self._rounds, may_run)))
         return self.deficits[account] > 0
 
-    def _refill(self) -> None:
-        owing = [a for a in self._waiting if self.deficits[a] <= 0]
-        rounds = min(map(self._rounds, owing))
-        for account in owing:
-            self.deficits[account] += rounds * self.grant(account)
+    def _refill(self, rounds: int) -> None:
+        for account in self._waiting:
+            self.deficits[account] += min(rounds, self._rounds(account)) * self.grant(account)
         self.refills += rounds
 
     def _rounds(self, account: str) -> int:

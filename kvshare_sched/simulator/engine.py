@@ -76,8 +76,10 @@ class Engine:
                 coming = next(source, None)
             if not self._prefill() and not self._decode(coming.at_s if coming is not None else None):
                 if coming is None:
-                    waiting = len(self.queue) + len(self._blocked)
-                    raise ConfigError(f"{waiting} requests wait and none can run: raise the profile's capacity.")
+                    raise ConfigError(
+                        f"{sum(map(len, self._blocked.values()))} requests quote answers of steps the trace does not have; "
+                        "give it whole."
+                    )
                 self.now = max(self.now, coming.at_s)
             yield from self._done
             self._done.clear()
@@ -184,7 +186,7 @@ class Engine:
         self.now += seconds
         self.passes += 1
         for live, _ in batch:
-            if live.ran >= live.rows:
+            if live is not self._long:
                 self._first_token(live)
 
     def _first_token(self, live: _Live) -> None:

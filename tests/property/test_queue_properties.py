@@ -87,7 +87,7 @@ class Anything(RuleBasedStateMachine):
 
 
 TestAnything = Anything.TestCase
-TestAnything.settings = settings(max_examples=20, stateful_step_count=40)
+TestAnything.settings = settings(max_examples=60, stateful_step_count=50)
 
 
 class Engine:
@@ -132,7 +132,7 @@ class Engine:
 works = st.lists(st.integers(50, 900), min_size=8, max_size=8)
 
 
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(
     cheap=works,
     dear=works,

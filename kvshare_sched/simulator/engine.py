@@ -76,9 +76,9 @@ class Engine:
                 coming = next(source, None)
             if not self._prefill() and not self._decode(coming.at_s if coming is not None else None):
                 if coming is None:
+                    count = sum(map(len, self._blocked.values()))
                     raise ConfigError(
-                        f"{sum(map(len, self._blocked.values()))} requests quote answers of steps the trace does not have; "
-                        "give it whole."
+                        f"{count} requests quote answers of steps that are not in the trace; give it whole."
                     )
                 self.now = max(self.now, coming.at_s)
             yield from self._done

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from harness import chat, sections, settled
 
-ARGUMENTS = ["--chunked-prefill-size", "512", "--max-running-requests", "8"]
+ARGUMENTS = ["--chunked-prefill-size", "512", "--max-running-requests", "24"]
 ENVIRONMENT = {"KVSHARE_TENANT_WEIGHTS": "gold=3", "KVSHARE_QUANTUM": "1000"}
 DOCS = sections()
 

@@ -14,6 +14,7 @@ from kvshare_sched.errors import ConfigError
 
 Block = tuple[str, int]  # name, tokens
 _WORD_TOKENS = 1.4  # of English, for blocks that are given as text
+_SHORT = 20  # tokens of a block whose text the trace only names: an instruction or a question
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ def read(path: str | Path, rate: float = 1.0) -> Iterator[Request]:
                 if kind == "answer":
                     steps.append(int(rest))
                     name, tokens = f"{session}:{name}", tokens or made[row["session"], int(rest)]
-                blocks.append((name, int(tokens) or max(1, round(_WORD_TOKENS * len(rest.split())))))
+                size = max(1, round(_WORD_TOKENS * len(rest.split()))) if kind == "text" else _SHORT
+                blocks.append((name, int(tokens) or size))
             yield Request(
                 *(row["at_s"] / rate, str(row["tenant"]), session, int(row["step"]), tuple(blocks)),
                 *(int(row["new_tokens"]), int(row.get("priority", 0)), tuple(steps)),

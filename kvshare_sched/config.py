@@ -83,6 +83,13 @@ class KVShareConfig:
         low=0.0,
         high=1.0,
     )
+    pool_keep: float = _setting(
+        0.5,
+        "share of the KV pool",
+        "kept for cached text when all prompts hit; less as they hit less",
+        low=0.0,
+        high=0.9,
+    )
     duplicate_wait: int = _setting(8, "passes", "waits for a running request with the same text; 0: none", low=0)
 
     def __post_init__(self):

@@ -55,7 +55,7 @@ def add_one_req(original, adder, req, *args, **kwargs):
     queue = getattr(adder.tree_cache, "queue", None)
     if queue is None:
         return original(adder, req, *args, **kwargs)
-    if not queue.may_start(req):
+    if not queue.may_start(req, adder):
         return AddReqResult.OTHER
     before = len(adder.can_run_list)
     result = original(adder, req, *args, **kwargs)

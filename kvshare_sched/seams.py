@@ -94,6 +94,7 @@ SEAMS = (
     Seam(f"{_ADDER}.add_chunked_req", ("req",)),
     Seam(f"{_ADDER}.budget_state"),
     Seam(f"{_ADDER}.ceil_paged_tokens", ("tokens",)),
+    Seam(f"{_ADDER}.rem_total_tokens"),
     Seam(f"{_POLICY}.AddReqResult.OTHER"),
     # the waiting queue
     Seam(f"{_POLICY}.SchedulePolicy.calc_priority", ("waiting_queue", "running_batch", "processed_tokens")),

@@ -43,6 +43,7 @@ class ServerQueue:
             accounts,
             config.duplicate_wait if config.mode == "on" else 0,
             self._pipeline.costs.pass_tokens(config.pass_overhead),
+            config.pool_keep,
         )
         self._peek = Peek(self._pipeline)
         self._arrivals = 0
@@ -67,10 +68,10 @@ class ServerQueue:
         if self._metrics is not None:
             self._metrics.ordered(result, time.perf_counter() - started)
 
-    def may_start(self, req) -> bool:
+    def may_start(self, req, adder) -> bool:
         """Whether a request may be admitted in this pass."""
         try:
-            return not self._in_force or self.queue.may_start(req.rid)
+            return not self._in_force or (self._has_room(req, adder) and self.queue.may_start(req.rid))
         except Exception:
             self._failed("admission")
             return True
@@ -200,6 +201,13 @@ class ServerQueue:
             return end - start
         copied = sum(place.length for s in session.plan.clip(start, end) for place in s.places)
         return self._pipeline.charge(session, start, end) + self._peek.copy_price * copied
+
+    def _has_room(self, req, adder) -> bool:
+        if not adder.can_run_list and (adder.running_batch is None or not adder.running_batch.reqs):
+            return True  # waiting would free nothing
+        size = adder.token_to_kv_pool_allocator.size
+        need = len(req.full_untruncated_fill_ids) - req.prefix_len + req.sampling_params.max_new_tokens
+        return self.queue.has_room(size - adder.rem_total_tokens, need, size)
 
     def _generated(self, rid: str) -> None:
         entry = self._running[rid]

@@ -18,6 +18,7 @@ from kvshare_sched.scheduling.fairness import OUTPUT_PRICE, Accounts, sequence
 from kvshare_sched.scheduling.order import Rows, Waiting, ranked
 
 LIMIT = 256  # requests that one pass may start
+_MEMORY = 20_000  # prompt tokens over which the hit share is averaged
 _STEP = 256.0  # tokens of service after which waiting times are looked at again
 _FIELDS = len(Rows._fields)
 _SINCE, _WORK, _EXACT, _REUSED = (Rows._fields.index(n) for n in ("since", "work", "exact", "reused"))
@@ -43,8 +44,9 @@ class _Running:
 class Queue:
     """Waiting and running requests of one engine under one policy (a key of `order.KEYS`)."""
 
-    def __init__(self, policy: str, accounts: Accounts, duplicate_wait: int, pass_tokens: float = 0):
+    def __init__(self, policy: str, accounts: Accounts, duplicate_wait: int, pass_tokens: float = 0, keep: float = 0):
         self.policy = policy
+        self.keep = keep if policy == "fair" else 0.0  # share of the pool for cached text, see `has_room`
         self.pass_tokens = pass_tokens  # a pass that costs so many starts nobody else; 0: as many as fit
         self.accounts = accounts
         self.duplicates = Duplicates(duplicate_wait if policy == "fair" else 0)
@@ -63,6 +65,7 @@ class Queue:
         self._may: dict[str, tuple[int, str]] = {}  # (group, account) of the requests that may start in this pass
         self._left: Counter[tuple[int, str]] = Counter()  # how many of them have not
         self._spent = 0.0  # tokens that were started in this pass
+        self.hit_share = 0.0  # of the prompts that started lately, weighted by their length
 
     def __len__(self) -> int:
         return len(self.rids)
@@ -111,6 +114,8 @@ class Queue:
 
     def start(self, rid: str, work: float, computing=()) -> None:
         """A waiting request runs: `work` tokens of its prompt now; `computing`: texts others may wait for."""
+        row = self._row[rid]
+        self._hit(float(self._data[_EXACT, row] + self._data[_REUSED, row]), self._waiting[row].prompt)
         waiting, account = self._take(rid)
         self.running[rid] = _Running(waiting, account)
         self.duplicates.computing(rid, computing)
@@ -143,9 +148,16 @@ class Queue:
         self.accounts.close(run.account)
         return run.waiting
 
+    def _hit(self, tokens: float, prompt: int) -> None:
+        weight = min(1.0, prompt / _MEMORY)
+        self.hit_share += weight * (tokens / max(1, prompt) - self.hit_share)
+
     def _charge(self, account: str, tokens: float) -> None:
+        before = self.accounts.deficits[account] > 0
         self.accounts.charge(account, tokens)
         self.clock += tokens
+        if before and self.accounts.deficits[account] <= 0:  # its turn is over: the order is another
+            self._order = None
 
     def _take(self, rid: str) -> tuple[Waiting, str]:
         row, last = self._row.pop(rid), len(self.rids) - 1
@@ -228,6 +240,14 @@ class Queue:
                     reserved += work
         return max(page, (budget - reserved) // page * page)
 
+    def has_room(self, held: float, need: float, capacity: float) -> bool:
+        """Whether a pool of `capacity` tokens, `held` by running requests, should take `need` more while others run.
+
+        Answers that wait for their turn to decode would push out the texts that make the next prompts cheap. So the
+        more of the prompts is cached, the more of the pool is kept for that, `keep` at most.
+        """
+        return held + need <= capacity * (1 - self.keep * self.hit_share)
+
     def may_start(self, rid: str) -> bool:
         """Asked for one request after the other in the order given: whether this one may start in this pass.
 
@@ -238,7 +258,11 @@ class Queue:
         if rid not in self._may or (self.pass_tokens and self._spent >= self.pass_tokens):
             return False
         group, account = self._may[rid]
-        return self.accounts.may_start(account, (a for (g, a), left in self._left.items() if left and g == group))
+        others = (a for (g, a), left in self._left.items() if left and g == group)
+        if self.accounts.may_start(account, others):
+            return True
+        self._order = None  # somebody else's turn
+        return False
 
 
 def _groups(places: np.ndarray, rows: Rows, room: float) -> Iterator[np.ndarray]:

@@ -39,7 +39,7 @@ class Req:
         self.rid, self.extra_key, self.cache_salt, self.lora_id, self.priority = rid, tenant, None, None, priority
         self.origin_input_ids, self.output_ids = array("q", np.asarray(ids, np.int64).tobytes()), array("q")
         self.full_untruncated_fill_ids = self.origin_input_ids
-        self.sampling_params = SimpleNamespace(custom_params={"kvshare": wish} if wish else None)
+        self.sampling_params = SimpleNamespace(custom_params={"kvshare": wish} if wish else None, max_new_tokens=8)
         self.prefix_len, self.done = 0, False
         self.extend_end = len(self.origin_input_ids)
         self.extend_len = self.extend_end
@@ -53,6 +53,8 @@ class Adder:
 
     def __init__(self, cache, budget=1 << 30):
         self.tree_cache, self.budget, self.can_run_list, self.new_chunked_req = cache, budget, [], None
+        self.running_batch, self.rem_total_tokens = None, 100_000
+        self.token_to_kv_pool_allocator = SimpleNamespace(size=100_000)
 
     def add_one_req(self, req, has_chunked_req=False, truncation_align_size=None):
         if self.budget <= 0:

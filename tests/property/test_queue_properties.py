@@ -59,6 +59,11 @@ class Anything(RuleBasedStateMachine):
             self.queue.add(self.queue.retract(rid))
             self.waiting.add(rid)
 
+    @rule(data=st.data(), output=st.integers(1, 400))
+    def decode(self, data, output):
+        if self.running:
+            self.queue.generated(data.draw(st.sampled_from(sorted(self.running))), output)
+
     @rule(data=st.data())
     def abort(self, data):
         if self.waiting:

@@ -84,7 +84,7 @@ class KVShareConfig:
         high=1.0,
     )
     pool_keep: float = _setting(
-        0.5,
+        0.3,
         "share of the KV pool",
         "kept for cached text when all prompts hit; less as they hit less",
         low=0.0,

@@ -225,6 +225,20 @@ def test_two_requests_with_one_id_are_a_failure_that_loses_nobody():
     assert world.go() == ["same", "same"] and world.queue.failures == 1
 
 
+def test_room_for_cached_text_is_kept_while_others_run_and_never_when_nobody_does():
+    world = World(pool_keep=0.5)
+    world.waiting = [Req("a", 300)]
+    world.order()
+    world.queue.queue.hit_share = 1.0
+    adder = Adder(world.cache)
+    adder.rem_total_tokens = 50_200  # of 100,000
+    assert world.queue.may_start(world.waiting[0], adder), "the engine is idle"
+    adder.running_batch = SimpleNamespace(reqs=[Req("running")])
+    assert not world.queue.may_start(world.waiting[0], adder)
+    adder.rem_total_tokens = 50_400
+    assert world.queue.may_start(world.waiting[0], adder)
+
+
 def test_a_long_prompt_in_chunks_leaves_half_of_the_next_one_to_short_prompts():
     world = World(quantum=100_000)
     world.waiting = [Req("long", 5000)]

@@ -180,3 +180,37 @@ def test_the_published_orders_hold_nobody_back(policy):
     for n in range(300):
         add(q, f"r{n}", work=1000, texts=doc)
     assert len(start_all(q)) == 300
+
+
+def test_a_tenant_whose_turn_ends_while_it_decodes_does_not_block_the_others():
+    q = queue(quantum=1000)
+    add(q, "running", "a", work=995)
+    q.order()
+    q.start("running", 995)
+    add(q, "a1", "a", work=10)
+    add(q, "b1", "b", work=500)
+    assert q.order().ready == ("a1", "b1")
+    q.generated("running", 3)  # far less than what makes the queue look at waiting times again
+    assert q.order().ready == ("b1", "a1") and q.may_start("b1")
+
+
+def test_a_pass_ends_when_it_has_cost_enough_and_the_next_goes_on():
+    q = Queue("fair", Accounts(10_000.0), 8, pass_tokens=250)
+    for n in range(5):
+        add(q, f"r{n}", work=100)
+    assert start_all(q) == ["r0", "r1", "r2"]
+    assert start_all(q) == ["r3", "r4"]
+
+
+def test_the_more_prompts_hit_the_more_of_the_pool_is_kept_for_what_they_hit():
+    q = Queue("fair", Accounts(1e9), 8, keep=0.5)
+    assert q.has_room(900, 100, 1000)
+    for n in range(200):
+        add(q, f"r{n}", work=100, exact=400, reused=500)
+    start_all(q)
+    assert q.hit_share == pytest.approx(0.9, abs=0.01)
+    assert q.has_room(500, 40, 1000) and not q.has_room(500, 60, 1000)
+    for n in range(100):
+        add(q, f"new{n}", work=1000)
+    start_all(q)
+    assert q.hit_share < 0.01 and q.has_room(900, 90, 1000)

@@ -85,3 +85,25 @@ class Duplicates:
     def gone(self, rid: str) -> None:
         """A request waits no longer."""
         self._passes.pop(rid, None)
+
+
+class Wanted:
+    """How many waiting requests lack a text. Its price is divided among them."""
+
+    def __init__(self):
+        self._count: Counter[Hashable] = Counter()
+
+    def add(self, texts: Texts) -> None:
+        """A request that lacks these waits."""
+        self._count.update(text for text, _ in texts.lacks)
+
+    def remove(self, texts: Texts) -> None:
+        """It waits no longer, or lacks something else."""
+        for text, _ in texts.lacks:
+            self._count[text] -= 1
+            if not self._count[text]:
+                del self._count[text]
+
+    def shared(self, texts: Texts) -> float:
+        """Tokens of a waiting request's work that the others' parts come to; only of what it gives."""
+        return sum(tokens * (1 - 1 / self._count[text]) for text, tokens in texts.lacks[: texts.gives])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 OUTPUT_PRICE = 2.0  # tokens of prefill charged for a generated token (the price of VTC, arXiv 2401.00588)
@@ -133,7 +133,7 @@ def rounds_owed(deficit: float, grant: float) -> int:
 
 
 def sequence(
-    ranked: Iterable[int],
+    ranked: Sequence[int],
     accounts: Sequence[str],
     work: Callable[[int], float],
     credit: dict[str, float],
@@ -148,8 +148,7 @@ def sequence(
     """
     started: list[int] = []
     kept = 0
-    later: dict[str, list[int]] = {}  # rows of accounts in debt
-    place: dict[int, int] = {}  # their places in `ranked`
+    later: dict[str, list[int]] = defaultdict(list)  # places in `ranked` of accounts in debt
 
     def take(row: int) -> None:
         nonlocal kept
@@ -159,29 +158,28 @@ def sequence(
             started.append(row)
             credit[accounts[row]] -= max(1.0, work(row))
 
-    for number, row in enumerate(ranked):
+    for place, row in enumerate(ranked):
+        account = accounts[row]
+        if credit[account] <= 0:
+            later[account].append(place)
+            continue
+        take(row)
         if len(started) >= limit:
             return started, kept
-        account = accounts[row]
-        if credit[account] > 0:
-            take(row)
-        else:
-            later.setdefault(account, []).append(row)
-            place[row] = number
-    for rows in later.values():
-        rows.reverse()
+    for places in later.values():
+        places.reverse()
     while later and len(started) < limit:
         rounds = min(rounds_owed(credit[a], grant(a)) for a in later)
         for account in later:
             credit[account] += rounds * grant(account)
-        ready = [(place[rows[-1]], a) for a, rows in later.items() if credit[a] > 0]
+        ready = [(places[-1], a) for a, places in later.items() if credit[a] > 0]
         heapq.heapify(ready)
         while ready and len(started) < limit:
             _, account = heapq.heappop(ready)
-            rows = later[account]
-            take(rows.pop())
-            if not rows:
+            places = later[account]
+            take(ranked[places.pop()])
+            if not places:
                 del later[account]
             elif credit[account] > 0:
-                heapq.heappush(ready, (place[rows[-1]], account))
+                heapq.heappush(ready, (places[-1], account))
     return started, kept

@@ -29,7 +29,7 @@ class Waiting:
 
 
 class Rows(NamedTuple):
-    """The same fields as float64 arrays, one row a request."""
+    """Their fields as float64 arrays, one row a request."""
 
     tier: np.ndarray
     arrival: np.ndarray
@@ -38,6 +38,7 @@ class Rows(NamedTuple):
     exact: np.ndarray
     reused: np.ndarray
     prompt: np.ndarray
+    shared: np.ndarray  # part of `work` that other waiting requests would be spared, see `duplicates.Wanted`
 
 
 HEAD_START = 1.0  # tokens that everybody has waited on arrival
@@ -46,9 +47,10 @@ HEAD_START = 1.0  # tokens that everybody has waited on arrival
 def response_ratio(rows: Rows, clock: float) -> np.ndarray:
     """Ours: waited / work, largest first. The cheap come first, and whoever has waited long for what it costs.
 
+    What several waiting requests lack is paid by all of them: who computes it for the others counts as cheaper.
     Requests that came together are sorted by work, so a prefill batch, a stretch of this order, holds similar ones.
     """
-    return -(clock - rows.since + HEAD_START) / np.maximum(1.0, rows.work)
+    return -(clock - rows.since + HEAD_START) / np.maximum(1.0, rows.work - rows.shared)
 
 
 def fcfs(rows: Rows, clock: float) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvshare_sched.scheduling.duplicates import Duplicates, Texts
+from kvshare_sched.scheduling.duplicates import Duplicates, Texts, Wanted
 from kvshare_sched.scheduling.fairness import OUTPUT_PRICE, Accounts, sequence
 from kvshare_sched.scheduling.order import Rows, Waiting, ranked
 
@@ -21,7 +21,8 @@ LIMIT = 256  # requests that one pass may start
 _MEMORY = 20_000  # prompt tokens over which the hit share is averaged
 _STEP = 256.0  # tokens of service after which waiting times are looked at again
 _FIELDS = len(Rows._fields)
-_SINCE, _WORK, _EXACT, _REUSED = (Rows._fields.index(n) for n in ("since", "work", "exact", "reused"))
+_WORK, _EXACT, _REUSED, _SHARED = map(Rows._fields.index, ("work", "exact", "reused", "shared"))
+_PRICED = 32  # requests in each sort whose part of a common text is looked at again
 _NOTHING = Texts()
 
 
@@ -50,6 +51,8 @@ class Queue:
         self.pass_tokens = pass_tokens  # a pass that costs so many starts nobody else; 0: as many as fit
         self.accounts = accounts
         self.duplicates = Duplicates(duplicate_wait if policy == "fair" else 0)
+        self._wanted = Wanted()
+        self._priced = 0  # the row that was looked at last
         self.clock = 0.0  # tokens of service given so far
         self.running: dict[str, _Running] = {}
         self.rids: list[str] = []  # by row
@@ -91,7 +94,8 @@ class Queue:
             self._data = np.concatenate((self._data, np.zeros_like(self._data)), axis=1)
             self.items = np.concatenate((self.items, np.empty(row, object)))
         w = waiting
-        self._data[:, row] = (w.tier, w.arrival, w.since, w.work, w.exact, w.reused, w.prompt)
+        self._data[:, row] = (w.tier, w.arrival, w.since, w.work, w.exact, w.reused, w.prompt, 0)
+        self._wanted.add(texts)
         self._row[waiting.rid] = row
         self.items[row] = item
         self.rids.append(waiting.rid)
@@ -103,6 +107,8 @@ class Queue:
     def revise(self, rid: str, *, work: float, exact: int, reused: int, texts: Texts) -> None:
         """What a waiting request will cost is known better now."""
         row = self._row[rid]
+        self._wanted.remove(self._texts[row])
+        self._wanted.add(texts)
         self._texts[row] = texts
         if tuple(self._data[_WORK : _REUSED + 1, row]) != (work, exact, reused):
             self._data[_WORK : _REUSED + 1, row] = (work, exact, reused)
@@ -162,6 +168,7 @@ class Queue:
     def _take(self, rid: str) -> tuple[Waiting, str]:
         row, last = self._row.pop(rid), len(self.rids) - 1
         waiting, account = self._waiting[row], self._accounts[row]
+        self._wanted.remove(self._texts[row])
         for column in (self.rids, self._waiting, self._accounts, self._texts):
             column[row] = column[last]
             column.pop()
@@ -193,6 +200,7 @@ class Queue:
         ):
             return self._order
         self.sorts += 1
+        self._price()
         rows = Rows(*self._data[:, : len(self.rids)])
         places = ranked(self.policy, rows, self.clock)
         if self.policy == "fair":
@@ -202,6 +210,12 @@ class Queue:
         self._ordered_at = (self.clock, room)
         return self._order
 
+    def _price(self) -> None:
+        count = len(self.rids) if self.policy == "fair" else 0
+        for _ in range(min(_PRICED, count)):
+            self._priced = (self._priced + 1) % count
+            self._data[_SHARED, self._priced] = self._wanted.shared(self._texts[self._priced])
+
     def _fair(self, places: np.ndarray, rows: Rows, room: float) -> Order:
         credit = dict(self.accounts.deficits)
         self.duplicates.begin_pass()
@@ -209,6 +223,8 @@ class Queue:
         held = 0
         self._may = {}
         for number, group in enumerate(_groups(places, rows, room)):
+            if len(ready) >= LIMIT:
+                break
             started, kept = sequence(
                 group.tolist(),
                 self._accounts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,10 @@ from kvshare_sched.scheduling.duplicates import Texts
 from kvshare_sched.scheduling.fairness import Accounts, service_gap
 from kvshare_sched.scheduling.order import KEYS, Waiting
 from kvshare_sched.scheduling.queue import LIMIT, Queue
+
+
+def q_wanted(queue) -> Counter:
+    return Counter(text for texts in queue._texts for text, _ in texts.lacks)
 
 
 class Anything(RuleBasedStateMachine):
@@ -87,6 +92,7 @@ class Anything(RuleBasedStateMachine):
         assert all(d <= 2 * books.grant(a) + 2000 + gain for a, d in books.deficits.items())
         assert sum(books._waiting.values()) == len(self.waiting)
         assert sum(books._open.values()) == len(self.waiting) + len(self.running)
+        assert q_wanted(self.queue) == dict(self.queue._wanted._count)
         own = [a for a in books.deficits if a not in books.weights and a != "(others)"]
         assert len(own) == books._own <= 2
 

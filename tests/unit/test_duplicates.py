@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvshare_sched.scheduling.duplicates import Duplicates, Texts
+from kvshare_sched.scheduling.duplicates import Duplicates, Texts, Wanted
 
 DOC = tuple((("ns", n), 50) for n in range(10))  # 500 tokens nobody has yet
 OWN = tuple((("own", n), 50) for n in range(10))
@@ -67,3 +67,16 @@ def test_two_who_compute_the_same_are_counted_and_bound_zero_holds_nobody():
     never = Duplicates(bound=0)
     never.computing("a", Texts(DOC, 10).given)
     assert not never.holds("b", Texts(DOC, 10), 500)
+
+
+def test_a_text_that_several_lack_is_paid_by_all_of_them_if_it_is_given():
+    wanted = Wanted()
+    first, behind = Texts(DOC, 10), Texts(DOC, 0)  # the second would not publish it
+    wanted.add(first)
+    assert wanted.shared(first) == 0
+    wanted.add(behind)
+    wanted.add(behind)
+    assert round(wanted.shared(first)) == round(500 * 2 / 3) and wanted.shared(behind) == 0
+    wanted.remove(behind)
+    wanted.remove(behind)
+    assert wanted.shared(first) == 0

@@ -214,3 +214,18 @@ def test_the_more_prompts_hit_the_more_of_the_pool_is_kept_for_what_they_hit():
         add(q, f"new{n}", work=1000)
     start_all(q)
     assert q.hit_share < 0.01 and q.has_room(900, 90, 1000)
+
+
+def test_who_computes_a_text_for_many_comes_before_a_cheaper_one_that_helps_nobody():
+    q = queue(wait=0)
+    doc = tuple((("doc", n), 100) for n in range(10))
+    add(q, "alone", work=600)
+    add(q, "giver", work=1000, texts=Texts(doc, 10))
+    assert q.order().ready == ("alone", "giver")
+    for n in range(4):
+        add(q, f"taker{n}", work=1100, texts=Texts(doc, 0))
+    assert q.order().ready[0] == "giver"
+    q.start("giver", 1000)
+    for n in range(4):
+        q.remove(f"taker{n}")
+    assert q.order().ready == ("alone",) and not q._wanted._count

@@ -145,6 +145,10 @@ class ReusePlan:
         """
         return sum(part.length * part.foreign**0.5 for part in self.clip(start, end))
 
+    def lone_len(self, start: int, end: int) -> int:
+        """Reused tokens inside [start, end) that belong to a text with one donor."""
+        return sum(part.length for part in self.clip(start, end) if not part.others)
+
     @property
     def approximate_from(self) -> int:
         """First position whose KV depends on another context; everything before it is exact KV."""

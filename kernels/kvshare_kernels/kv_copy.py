@@ -4,7 +4,7 @@ The plain twin is `reference.copy_rotate`. This form walks runs of equal shift, 
 and sine rows serves a whole run and the elementwise work broadcasts over it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -46,42 +46,3 @@ def copy_rotate(
             moved = keys.index_select(0, source)
             keys.index_copy_(0, target, rotate_run(moved, cos, sin, neox=neox) if shift else moved)
             values.index_copy_(0, target, values.index_select(0, source))
-
-
-def copy_mean(
-    k_buffers: Sequence[torch.Tensor],
-    v_buffers: Sequence[torch.Tensor],
-    target: torch.Tensor,
-    parts: Sequence[tuple[torch.Tensor, int, int, torch.Tensor]],
-    cos_sin: torch.Tensor,
-    *,
-    neox: bool,
-    measured: Collection[int] = (),
-) -> torch.Tensor:
-    """Write the weighted mean of several donors' KV into the target slots; returns how far the keys are apart.
-
-    k_buffers, v_buffers: one [slots, G, D] tensor a layer, written in place. target int64 [n]. parts: (source
-    slots int64 [m], first target index, shift, weights float32 [m]); the weights of a target index add up to 1.
-    Spread float32 [n]: weighted variance of the rotated keys, relative to the layer's mean squared norm, summed
-    over the `measured` indices into k_buffers; 0 where there is one donor. Plain twin: `reference.copy_mean`.
-    """
-    device = target.device
-    angles = [rotation_rows(cos_sin, shift) for _, _, shift, _ in parts]
-    spread = torch.zeros(len(target), dtype=torch.float32, device=device)
-    for layer, (keys, values) in enumerate(zip(k_buffers, v_buffers, strict=True)):
-        mean_k = torch.zeros((len(target), *keys.shape[1:]), dtype=torch.float32, device=device)
-        mean_v = torch.zeros_like(mean_k)
-        squares = torch.zeros(len(target), dtype=torch.float32, device=device)
-        for (source, first, shift, weight), (cos, sin) in zip(parts, angles, strict=True):
-            at, w = slice(first, first + len(source)), weight[:, None, None]
-            moved = keys.index_select(0, source).float()
-            if layer in measured:
-                squares[at].addcmul_(weight, moved.square().flatten(1).sum(dim=1))  # rotation keeps the norm
-            mean_k[at].addcmul_(rotate_run(moved, cos, sin, neox=neox) if shift else moved, w)
-            mean_v[at].addcmul_(values.index_select(0, source).float(), w)
-        if layer in measured:
-            variance = (squares - mean_k.square().flatten(1).sum(dim=1)).clamp_(min=0)
-            spread += variance / squares.mean().clamp_(min=1e-20)
-        keys.index_copy_(0, target, mean_k.to(keys.dtype))
-        values.index_copy_(0, target, mean_v.to(values.dtype))
-    return spread

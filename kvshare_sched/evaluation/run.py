@@ -53,7 +53,7 @@ def run(
         client = Client(url)
         chosen = fitting(chosen, render, client.context_length())
         warm_up = client.generate(render(chosen[0].donors[0]), new_tokens=4, namespace="warm-up")
-        layers, config = warm_up.report["layers"], KVShareConfig.load()
+        layers, config = warm_up.report["layers"], KVShareConfig.load(os.environ | environment)
         columns = methods.resolve(method_names, ratios, layers, config)
         settings = {
             "model": path.name,

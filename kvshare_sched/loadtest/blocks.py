@@ -34,6 +34,7 @@ _ROLES = (
     "You review the work of the team. Be terse, quote the passage that decides, and end with a verdict.",
     "You help the support desk. Be brief, be kind, and quote the section you use.",
     "You are a programming assistant. The file below is open in the user's editor.",
+    "You index documents. Write a title and three keywords for each section.",
     "You label texts. Follow the examples below exactly and answer with one word.",
 )
 _QUESTIONS = (

@@ -6,6 +6,7 @@ inside a tenant, as on the server, so tenants have libraries of their own.
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -56,12 +57,21 @@ def _library(tenant: int, documents: int, tokens: int = _DOCUMENT) -> list[Block
     return [(f"prose/{tenant * documents + i}", tokens) for i in range(documents)]
 
 
+def _indexing(documents: int) -> Iterator[Session]:
+    """A job that reads every tenant's library once, four documents a prompt: the state of a system that has run."""
+    for tenant, name in enumerate(_TENANTS):
+        library = _library(tenant, documents)
+        for start in range(0, documents, 4):
+            yield name, [Step((("system/7", 0), *library[start : start + 4]))]
+
+
 def _question(rng: random.Random) -> Block:
     return (f"question/{rng.randrange(_QUESTIONS)}", 0)
 
 
 def rag(rng: random.Random, new_tokens: int = _SHORT) -> Iterator[Session]:
     """A question over 3 to 5 documents of the tenant's library, some far more popular than others, in any order."""
+    yield from _indexing(24)
     while True:
         tenant = rng.randrange(len(_TENANTS))
         found = zipf(rng, _library(tenant, 24), rng.randint(3, 5))
@@ -85,6 +95,7 @@ _WORKFLOW = (
 
 def agents(rng: random.Random) -> Iterator[Session]:
     """Four agents with roles of their own work on the same material and read what the others said."""
+    yield from _indexing(16)
     while True:
         tenant = rng.randrange(len(_TENANTS))
         material = zipf(rng, _library(tenant, 16), 4)
@@ -116,7 +127,7 @@ def few_shot(rng: random.Random) -> Iterator[Session]:
         tenant = rng.randrange(len(_TENANTS))
         examples = rng.sample(_library(tenant, 12, 120), 8)
         query = (f"code/{number % blocks.size('code')}", 60)
-        yield _TENANTS[tenant], [Step((("system/7", 0), *examples, query), 4)]
+        yield _TENANTS[tenant], [Step((("system/8", 0), *examples, query), 4)]
 
 
 def code_edit(rng: random.Random) -> Iterator[Session]:
@@ -163,7 +174,7 @@ WORKLOADS: dict[str, Callable[[random.Random], Iterator[Session]]] = {
     f.__name__.replace("_", "-"): f
     for f in (rag, agents, chat, few_shot, code_edit, prefix_only, no_repeat, hot_cold, long_outputs)
 }
-_WARM_UP_REQUESTS = 12  # not measured: the first of a tenant's documents have to be computed by anybody
+_WARM_UP_REQUESTS = 12  # not measured
 
 
 def build(name: str, requests: int, *, arrivals: str = "poisson", seed: int = SEED) -> Trace:
@@ -176,6 +187,8 @@ def build(name: str, requests: int, *, arrivals: str = "poisson", seed: int = SE
         sessions.append((tenant, steps))
         if sum(len(s) for _, s in sessions) >= requests:
             break
+    sizes = itertools.accumulate(len(s) for _, s in sessions)
+    warm_up = sum(size < _WARM_UP_REQUESTS for size in sizes) + 1  # sessions, the last of them whole
     pace = sum(len(s) for _, s in sessions) / len(sessions)
     times = [t * pace for t in ARRIVALS[arrivals](len(sessions), rng)]
     found = []
@@ -184,7 +197,6 @@ def build(name: str, requests: int, *, arrivals: str = "poisson", seed: int = SE
             at_s += step.after_s
             found.append(Request(round(at_s, 3), tenant, str(number), place, step.blocks, step.new_tokens))
     found.sort(key=lambda r: (r.at_s, int(r.session), r.step))
-    warm_up = -(-_WARM_UP_REQUESTS // len(sessions[0][1]))
     about = {"seed": seed, "arrivals": arrivals, "texts": blocks.digest()}
     return Trace(name, tuple(found), warm_up, about)
 

@@ -49,7 +49,7 @@ def test_popularity_follows_zipf():
 
 
 def test_rag_shuffles_documents_of_one_tenant():
-    requests = workloads.build("rag", 200).requests
+    requests = workloads.build("rag", 200).requests[12:]
     libraries = {t: set() for t in ("north", "south")}
     leading = Counter()
     for request in requests:
@@ -62,11 +62,21 @@ def test_rag_shuffles_documents_of_one_tenant():
 
 
 def test_agents_share_material_and_read_each_other():
-    for session in traces.sessions_of(workloads.build("agents", 40).requests).values():
+    trace = workloads.build("agents", 60)
+    sessions = list(traces.sessions_of(trace.requests).values())
+    for session in sessions[trace.warm_up :]:
         material = [{b for b in request.blocks if b[0].startswith("prose/")} for request in session]
         assert len(session) == 4 and all(m == material[0] for m in material)
         assert len({request.blocks[0] for request in session}) == 4, "four roles"
         assert [request.needs for request in session] == [(), (0,), (0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(("name", "documents"), [("rag", 48), ("agents", 32)])
+def test_the_warm_up_reads_every_document_and_a_little_more(name, documents):
+    trace = workloads.build(name, 60)
+    warm_up, _ = traces.parts(trace, [1])
+    read = {b for r in warm_up for b in r.blocks if b[0].startswith("prose/")}
+    assert len(read) == documents and len(warm_up) == 12
 
 
 def test_an_edited_file_keeps_its_ends():

@@ -60,7 +60,7 @@ def assemble(settings: dict, runs: Sequence[Run]) -> dict:
         workload: {
             name: _comparison([r for r in runs if r.workload == workload], order[0], name, settings)
             for name in order[1:]
-            if any(r.setup == name and r.workload == workload for r in runs)
+            if _complete(settings, {(r.setup, r.load) for r in runs if r.workload == workload}, (order[0], name))
         }
         for workload in names
     }
@@ -71,6 +71,11 @@ def assemble(settings: dict, runs: Sequence[Run]) -> dict:
         "workloads": names,
         "runs": measured,
     }
+
+
+def _complete(settings: dict, present: set[tuple[str, float]], setups: tuple[str, str]) -> bool:
+    """Nothing was interrupted before both had run at the loads that are compared."""
+    return all((name, load) in present for name in setups for load in settings["loads"])
 
 
 def _comparison(runs: Sequence[Run], base: str, other: str, settings: dict) -> dict:

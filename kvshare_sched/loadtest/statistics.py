@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvshare_sched.errors import SetupError
+
 RESAMPLES = 4_000
 _BLOCK = 5  # neighbouring requests drawn together: they waited in the same queue
 _SEED = 20260730
@@ -53,10 +55,10 @@ def jain(values: Sequence[float]) -> float:
 
 
 def figures(rows: Sequence[dict], slo: Slo) -> dict:
-    """Everything about one run. Raises ValueError when no request was answered."""
+    """Everything about one run. Raises SetupError when no request was answered."""
     done = answered(rows)
     if not done:
-        raise ValueError(f"none of {len(rows)} requests was answered; the first said: {rows[0]['error']}")
+        raise SetupError(f"none of {len(rows)} requests was answered; the first said: {rows[0]['error']}")
     makespan = makespan_s(done)
     good = sum(slo.met(r) for r in done)
     arrivals = max(r["due_s"] for r in rows) - min(r["due_s"] for r in rows)

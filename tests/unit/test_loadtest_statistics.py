@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kvshare_sched.errors import ConfigError
+from kvshare_sched.errors import ConfigError, SetupError
 from kvshare_sched.loadtest import report, statistics
 from kvshare_sched.loadtest.runner import read_rows, write_rows
 from kvshare_sched.loadtest.statistics import Slo
@@ -50,7 +50,7 @@ def test_figures_of_known_rows():
     # Row 1 waited too long for its first token, row 2 for the later ones; a failed request meets nothing.
     assert found["slo"]["met"] == 0.25 and found["goodput_rps"] == pytest.approx(1 / 4.2, abs=1e-4)
     assert found["tenants"]["b"]["requests"] == 1 and found["output_tokens"] == 9
-    with pytest.raises(ValueError, match="gone"):
+    with pytest.raises(SetupError, match="gone"):
         statistics.figures(ROWS[3:], SLO)
 
 
@@ -145,6 +145,14 @@ def test_the_report_is_made_of_the_raw_rows(tmp_path, repeats):
     text = (tmp_path / "report.md").read_text()
     assert "4.00 (4.00 to 4.00)" in text and "## Tenants" in text
     assert (tmp_path / "rag.png").stat().st_size > 10_000
+
+
+def test_what_an_interruption_left_is_reported(tmp_path):
+    fill(tmp_path)
+    (tmp_path / "raw" / "kvshare-2.5-0.jsonl").unlink()
+    report.write_all(tmp_path)
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert result["summary"] == {} and len(result["runs"]) == 3
 
 
 def test_rows_survive_writing(tmp_path):

@@ -1,7 +1,8 @@
 """Server set-ups one after the other on one trace: the same requests, sockets, pool and seed for each.
 
-The first set-up says what "load 1" is: its capacity is measured on the warm-up, sent all at once. All set-ups are
-then offered the same multiples of it. Raw rows go to `raw/`; what they mean is `report`'s business.
+The first set-up says what "load 1" is: what it completes at the highest load, which comes first and whose pace is set
+by the warm-up, sent all at once. All set-ups are offered the same rates. Raw rows go to `raw/`; what they mean is
+`report`'s business.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def compare(
         "versions": {n: version(n) for n in ("kvshare-sched", "sglang", "torch", "transformers", "numpy")},
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "rough_capacity_rps": {},
         "capacity_rps": {},
         "quality": {},
     }
@@ -121,24 +123,31 @@ def _points(player: Player, one: Setup, trace: Trace, settings: dict, repeat: in
     title = f"{one.name} {trace.name}"
     warm_up = traces.parts(trace, [])[0]
     rows = player.play(_at_once(warm_up), f"{title} warm-up")
-    done = answered(rows)
-    if not done:
-        raise SetupError(f"{title}: no request of the warm-up was answered; the first said: {rows[0]['error']}")
-    capacity = settings["capacity_rps"].setdefault(trace.name, round(len(done) / makespan_s(done), 4))
-    loads = settings["loads"]
+    rough = settings["rough_capacity_rps"].setdefault(trace.name, _throughput(rows))
+    loads = sorted(settings["loads"], reverse=True)
     room = (len(trace.requests) - len(warm_up) - 2 * _SINGLES) // len(loads) - 4  # a session is never torn
-    count = max(_FEWEST, min(round(capacity * settings["seconds"]), room))
-    singles, *points = traces.parts(trace, [_SINGLES] + [count] * len(loads))
+    count = max(_FEWEST, min(round(rough * settings["seconds"]), room))
+    _, singles, *points = traces.parts(trace, [_SINGLES] + [count] * len(loads))
     for request in singles:
         player.play(_at_once([request]), f"{title} warm-up")
     for load, part in zip(loads, points, strict=True):
         _settle(player.client.url)
-        rows = player.play(traces.retimed(part, load * capacity), f"{title} load {load:g}")
+        rate = load * (rough if load == loads[0] else settings["capacity_rps"][trace.name])
+        rows = player.play(traces.retimed(part, rate), f"{title} load {load:g}")
+        settings["capacity_rps"].setdefault(trace.name, _throughput(rows))
         name = f"{one.name}-{trace.name}-{load:g}-{repeat}.jsonl"
         write_rows(out / "raw" / name, _about(one.name, trace.name, load, repeat), rows)
     if one.reuses and repeat == 0:
-        asked = points[-1][:: max(1, len(points[-1]) // _QUALITY_PROMPTS)][:_QUALITY_PROMPTS]
+        asked = points[0][:: max(1, len(points[0]) // _QUALITY_PROMPTS)][:_QUALITY_PROMPTS]
         settings["quality"].setdefault(trace.name, {})[one.name] = quality.divergence(player, asked)
+
+
+def _throughput(rows: Sequence[dict]) -> float:
+    """Requests completed a second. Raises SetupError when there was none."""
+    done = answered(rows)
+    if not done:
+        raise SetupError(f"none of {len(rows)} requests was answered; the first said: {rows[0]['error']}")
+    return round(len(done) / makespan_s(done), 4)
 
 
 def _at_once(requests: Sequence[Request]) -> tuple[Request, ...]:

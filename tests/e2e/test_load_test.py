@@ -68,6 +68,7 @@ def test_the_points_of_a_comparison(server, tmp_path):
         "loads": [1.0, 3.0],
         "seconds": 1.0,
         "setups": {"a": {"arguments": []}, "b": {"arguments": []}},
+        "rough_capacity_rps": {},
         "capacity_rps": {},
         "quality": {},
     }

@@ -152,8 +152,8 @@ def _introduction(settings: dict) -> str:
     capacity = ", ".join(f"{w} {rate:.3f}" for w, rate in settings["capacity_rps"].items())
     return (
         f"Set-ups, one after the other on the same traces ({settings['machine']}):\n\n" + "\n".join(lines) + "\n\n"
-        f"Load 1 is what `{base}` completes when swamped (requests a second: {capacity}); the highest load is a multiple "
-        "of what it completed of the warm-up, sent at once. "
+        f"Load 1 is what `{base}` completes when swamped (requests a second: {capacity}); the highest load is a "
+        "multiple of what it completed of the warm-up, sent at once. "
         f"Arrivals are open loop, {settings['sockets']} sockets, the cache is warm, and warm-up requests do not count."
     )
 

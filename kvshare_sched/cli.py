@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--arrivals", choices=sorted(ARRIVALS), default="poisson", help="of a workload drawn anew")
     bench.add_argument("--rate", type=float, help="requests a second with --url; without it the pace of the trace")
     bench.add_argument("--loads", type=_numbers, default=[1.0, 4.0], help="in capacities of the first set-up")
-    bench.add_argument("--seconds", type=float, default=80, help="what the first set-up needs for one load")
+    bench.add_argument("--seconds", type=float, default=60, help="what the first set-up needs for one load")
     bench.add_argument("--repeats", type=int, default=1, help="of everything; more than one shows the spread")
     bench.add_argument("--sockets", type=int, default=256, help="open at once; further requests wait on this side")
     bench.add_argument("--slo-ttft", type=float, default=5.0, help="seconds to the first token that are good enough")

@@ -91,16 +91,14 @@ def _comparison(runs: Sequence[Run], base: str, other: str, settings: dict) -> d
     at_low = [(figures(a, slo), figures(b, slo)) for a, b in pairs(low)]
     everything = [*pairs(low), *pairs(high)]
     reuse = [origins([row for pair in everything for row in answered(pair[side])]) for side in (0, 1)]
-    ttft, throughput = (
-        _over_repeats([measure(a, b) for a, b in pairs(load)])
-        for measure, load in ((ttft_ratio, low), (throughput_ratio, high))
-    )
+    ttft = [ttft_ratio(a, b) for a, b in pairs(low)]
+    throughput = [throughput_ratio(a, b) for a, b in pairs(high)]
     return {
-        "ttft_mean_ratio": ttft["value"],
-        "ttft_mean_ratio_interval": [ttft["low"], ttft["high"]],
-        "throughput_ratio": throughput["value"],
-        "throughput_ratio_interval": [throughput["low"], throughput["high"]],
-        "interval": "95 % block bootstrap" if len(at_low) == 1 else f"range over {len(at_low)} repeats",
+        "ttft_mean_ratio": _mean(t["value"] for t in ttft),
+        "ttft_mean_ratio_interval": _interval(ttft),
+        "throughput_ratio": _mean(throughput),
+        "throughput_ratio_range": [min(throughput), max(throughput)],
+        "repeats": len(ttft),
         "reused_share": reuse[1]["reused_share"],
         "exact_share": reuse[1]["exact_share"],
         "exact_share_of_base": reuse[0]["exact_share"],
@@ -115,11 +113,12 @@ def _comparison(runs: Sequence[Run], base: str, other: str, settings: dict) -> d
     }
 
 
-def _over_repeats(found: Sequence[dict]) -> dict:
+def _interval(found: Sequence[dict]) -> list[float]:
+    """Of one run its bootstrap interval, of several the range of their values."""
     if len(found) == 1:
-        return found[0]
+        return [found[0]["low"], found[0]["high"]]
     values = [f["value"] for f in found]
-    return {"value": _mean(values), "low": min(values), "high": max(values)}
+    return [min(values), max(values)]
 
 
 def _without_prompts(measured: dict | None) -> dict:
@@ -170,7 +169,7 @@ def _ratios(result: dict) -> str:
                     workload,
                     name,
                     "{:.2f} ({:.2f} to {:.2f})".format(c["ttft_mean_ratio"], *c["ttft_mean_ratio_interval"]),
-                    "{:.2f} ({:.2f} to {:.2f})".format(c["throughput_ratio"], *c["throughput_ratio_interval"]),
+                    "{:.2f} ({:.2f} to {:.2f})".format(c["throughput_ratio"], *c["throughput_ratio_range"]),
                     *(f"{c[key]:.0%}" for key in ("reused_share", "exact_share", "exact_share_of_base")),
                     _cell(quality["first_token_agreement"], "{:.0%}"),
                     _cell(quality.get("kl_mean"), "{:.4f}"),
@@ -182,9 +181,9 @@ def _ratios(result: dict) -> str:
 
 _NOTES = (
     "TTFT: ratio of the means at the lowest load. Throughput: completed requests over makespan at the highest load. "
-    "In brackets a 95 % block bootstrap over the requests of one run, or with repeats their range; the bootstrap does "
-    "not contain what the machine does between two runs. Reused, exact: shares of the prompt tokens. First token: how "
-    "often the first answer token is that of the first set-up, for prompts that were the same on both. KL: full "
+    "In brackets the range over the repeats; of a single run, for TTFT, a 95 % block bootstrap over its requests: it "
+    "does not contain what the machine does between two runs. Reused, exact: shares of the prompt tokens. First token: "
+    "how often the first answer token is that of the first set-up, for prompts that were the same on both. KL: full "
     "prefill to the answer under reuse, nats, teacher forced over 16 tokens of full prefill's answer, on a few prompts "
     "after the run."
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,22 +135,16 @@ def ttft_ratio(base: Sequence[dict], other: Sequence[dict]) -> dict:
     pairs = _paired(base, other)
     before = np.array([ttft(a) for a, _ in pairs])
     after = np.array([ttft(b) for _, b in pairs])
-    return _interval(lambda picks: before[picks].mean(axis=-1) / after[picks].mean(axis=-1), len(pairs))
+    picks = _neighbours(len(pairs))
+    low, high = np.percentile(before[picks].mean(axis=1) / after[picks].mean(axis=1), (2.5, 97.5))
+    value = before.mean() / after.mean()
+    return {"value": _rounded(value), "low": _rounded(low), "high": _rounded(high)}
 
 
-def throughput_ratio(base: Sequence[dict], other: Sequence[dict]) -> dict:
-    """Completed requests over makespan, `other` over `base`; the interval resamples the gaps between completions."""
-    gaps = [_completion_gaps(rows) for rows in (base, other)]
-    count = min(map(len, gaps))
-    rates = [len(g) / g.sum() for g in gaps]
-    found = _interval(lambda picks: gaps[0][picks].mean(axis=-1) / gaps[1][picks].mean(axis=-1), count)
-    return found | {"value": _rounded(rates[1] / rates[0])}
-
-
-def _completion_gaps(rows: Sequence[dict]) -> np.ndarray:
-    done = answered(rows)
-    ends = sorted(r["token_s"][-1] for r in done)
-    return np.diff([min(r["due_s"] for r in done), *ends])
+def throughput_ratio(base: Sequence[dict], other: Sequence[dict]) -> float:
+    """Completed requests over makespan, `other` over `base`. One number a run: only repeats can show its spread."""
+    before, after = (len(done) / makespan_s(done) for done in (answered(base), answered(other)))
+    return _rounded(after / before)
 
 
 def agreement(runs: Sequence[tuple[Sequence[dict], Sequence[dict]]]) -> dict:
@@ -180,11 +174,8 @@ def _paired(base: Sequence[dict], other: Sequence[dict]) -> list[tuple[dict, dic
     return sorted(pairs, key=lambda p: p[0]["due_s"])
 
 
-def _interval(measure: Callable[[np.ndarray], np.ndarray], count: int) -> dict:
-    """The measure of all places 0..count-1, and the 95 % interval over draws of runs of `_BLOCK` neighbours."""
+def _neighbours(count: int) -> np.ndarray:
+    """Places 0..count-1 drawn in runs of `_BLOCK` neighbours, int64 [RESAMPLES, about count]."""
     draws = -(-count // _BLOCK)
     starts = np.random.default_rng(_SEED).integers(max(1, count - _BLOCK + 1), size=(RESAMPLES, draws))
-    picks = np.minimum(starts[..., None] + np.arange(_BLOCK), count - 1).reshape(RESAMPLES, -1)
-    low, high = np.percentile(measure(picks), (2.5, 97.5))
-    value = measure(np.arange(count))
-    return {"value": _rounded(value), "low": _rounded(low), "high": _rounded(high)}
+    return np.minimum(starts[..., None] + np.arange(_BLOCK), count - 1).reshape(RESAMPLES, -1)

@@ -30,6 +30,7 @@ _POOL = ("--max-total-tokens", "60000")  # of the embedded model; SGLang's own c
 _SINGLES = 4  # warm-up requests sent one by one: what happens once per tenant, an audit say, happens here
 _FEWEST = 8  # requests at a load point
 _QUALITY_PROMPTS = 4
+_QUIET_S, _PATIENCE_S = 1.0, 60.0  # a server that has had nothing to do for so long is idle; how long to wait for that
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,18 +179,18 @@ def _model_of(url: str) -> str:
         raise SetupError(f"no SGLang server answers at {url} ({problem}); give the URL of a running one.") from None
 
 
-def _settle(url: str, quiet_s: float = 1.0, patience_s: float = 60) -> None:
+def _settle(url: str) -> None:
     """Wait until nothing runs or waits any more, audits included."""
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + _PATIENCE_S
     quiet_since = None
     while time.monotonic() < deadline:
         load = http.get(f"{url}/v1/loads", timeout=60).json()["loads"][0]
         busy = load["num_running_reqs"] or load["num_waiting_reqs"]
         quiet_since = None if busy else quiet_since or time.monotonic()
-        if quiet_since is not None and time.monotonic() - quiet_since >= quiet_s:
+        if quiet_since is not None and time.monotonic() - quiet_since >= _QUIET_S:
             return
         time.sleep(0.2)
-    raise SetupError(f"the server at {url} did not become idle within {patience_s:.0f} s")
+    raise SetupError(f"the server at {url} did not become idle within {_PATIENCE_S:.0f} s")
 
 
 def _flush(url: str) -> None:

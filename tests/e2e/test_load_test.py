@@ -1,13 +1,12 @@
-"""The load test against a real server: every request answered, counted and reported."""
+"""The load test against a real server: every request answered, counted, reported. Comparing: see the unit tests."""
 
 from __future__ import annotations
 
 import json
 
 from kvshare_sched.cli import main
-from kvshare_sched.loadtest import blocks, compare, report, traces
+from kvshare_sched.loadtest import blocks, quality, traces
 from kvshare_sched.loadtest.runner import Player, read_rows
-from kvshare_sched.loadtest.statistics import Slo
 from kvshare_sched.loadtest.traces import Request, Trace
 
 TEXTS = [(f"prose/{i}", 100) for i in range(3)]
@@ -22,7 +21,7 @@ def small_trace(sessions: int) -> Trace:
         second = (("system/2", 0), *reversed(order), ("answer/0", 0), (f"words/{number}", 10))
         for step, prompt in enumerate((first, second)):
             found.append(Request(number * 0.2, "team", str(number), step, prompt, 6 - step))
-    return Trace("small", tuple(found), warm_up=1)
+    return Trace("small", tuple(found))
 
 
 def test_a_running_server_by_url(server, tmp_path):
@@ -60,30 +59,10 @@ def test_a_running_server_by_url(server, tmp_path):
     assert "## Errors" in (out / "report.md").read_text()
 
 
-def test_the_points_of_a_comparison(server, tmp_path, monkeypatch):
-    for name in ("_FEWEST", "_SINGLES", "_QUALITY_PROMPTS"):
-        monkeypatch.setattr(compare, name, 2)
-    settings = {
-        "model": "m",
-        "machine": "here",
-        "loads": [1.0, 3.0],
-        "seconds": 0.1,
-        "setups": {"a": {"arguments": []}, "b": {"arguments": []}},
-        "rough_capacity_rps": {},
-        "capacity_rps": {},
-        "quality": {},
-    }
-    compare._prepare(tmp_path, settings, 8, Slo(5.0, 0.5))
-    trace = small_trace(5)
-    for name, reuses in (("a", False), ("b", True)):
-        compare._flush(server.url)
-        player = Player(server.url, sockets=8)
-        compare._points(player, compare.Setup(name, (), {}, reuses), trace, settings, 0, tmp_path)
-        compare._save(tmp_path, settings)
-    report.write_all(tmp_path)
-    summary = json.loads((tmp_path / "report.json").read_text())["summary"]["small"]
-    assert summary["reused_share"] > 0.3 and summary["base_capacity_rps"] > 0
-    assert summary["ttft_mean_ratio"] > 0 and summary["throughput_ratio"] > 0
-    quality = summary["quality"]
-    assert quality["kl_prompts"] == 2 and 1e-6 < quality["kl_mean"] < 1
-    assert quality["reused_prompts"] > 0 and quality["prompts"] > 0
+def test_quality_is_measured_on_prompts_of_the_trace(server):
+    requests = small_trace(2).requests
+    player = Player(server.url)
+    player.play(requests, "small")
+    found = quality.divergence(player, [requests[1], requests[3]])  # the steps that hold an answer
+    assert found["prompts"] == 2 and found["reused_prompts"] > 0
+    assert 1e-6 < found["kl_mean"] <= found["kl_max"] < 1

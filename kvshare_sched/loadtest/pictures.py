@@ -39,9 +39,10 @@ def draw(workload: str, runs: Sequence, path: Path) -> None:
     )
     work.set(title=_title("completed requests", high), xlabel="seconds")
     _sources(sources, names, runs)
+    for axis in (waits, work):
+        axis.legend(fontsize=8)
     for axis in (waits, work, sources):
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -67,4 +68,5 @@ def _sources(axis, names: Sequence[str], runs: Sequence) -> None:
         heights = np.array([tokens(o) / (o["exact"] + o["reused"] + o["fresh"]) for o in shares])
         axis.bar(names, heights, 0.6, bottom=bottom, label=label, color=color)
         bottom += heights
-    axis.set(title="where prompt tokens came from", ylabel="share of prompt tokens")
+    axis.set(title="where prompt tokens came from", ylabel="share of prompt tokens", ylim=(0, 1.25))
+    axis.legend(fontsize=8, ncols=2, loc="upper center")

@@ -51,6 +51,7 @@ def assemble(settings: dict, runs: Sequence[Run]) -> dict:
     """The content of `report.json`; `summary` compares the last set-up with the first, workload by workload."""
     slo = Slo(**settings["slo"])
     order = list(settings.get("setups", ())) or ["server"]
+    runs = sorted(runs, key=lambda r: (r.workload, r.load or 0, order.index(r.setup), r.repeat))
     measured = [
         {"setup": r.setup, "workload": r.workload, "load": r.load, "repeat": r.repeat, **figures(r.rows, slo)}
         for r in runs
@@ -197,7 +198,7 @@ def _runs(runs: Sequence[dict]) -> str:
     head = ("workload", "load", "set-up", "answered", "offered /s", "done /s", "goodput /s")
     head += ("TTFT mean", "p50", "p95", "p99", "TPOT", "end to end", "reused", "exact", "Jain")
     body = []
-    for r in sorted(runs, key=lambda r: (r["workload"], r["load"] or 0, r["setup"], r["repeat"])):
+    for r in runs:
         times = [f"{r['ttft_s'][k]:.2f}" for k in ("mean", "p50", "p95", "p99")]
         body.append(
             (

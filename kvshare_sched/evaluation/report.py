@@ -50,7 +50,7 @@ def markdown(result: dict) -> str:
         _summary_table(result["summary"]),
         _NOTES,
         "## Against the published rules",
-        _table(
+        table(
             ("method", "against", "KL ratio", "typical", "95 % interval", "cells, difference", "no more", "time ratio"),
             [
                 (
@@ -76,7 +76,7 @@ def markdown(result: dict) -> str:
         for measure, label, form in (("task_score", "task score", "{:.2f}"), ("kl_mean", "KL mean, nats", "{:.4f}")):
             split = result[key]
             body = [(name, *(_cell(split[part][name][measure], form) for part in split)) for name in result["summary"]]
-            parts.append(_table((label, *split), body))
+            parts.append(table((label, *split), body))
     return "\n\n".join(parts) + "\n"
 
 
@@ -120,7 +120,7 @@ def _summary_table(summary: dict[str, dict]) -> str:
     tables = []
     for form in (_CLOSENESS, _ANSWERS):
         rows = [(name, *(_cell(figures[key], f) for _, key, f in form)) for name, figures in summary.items()]
-        tables.append(_table(("method", *(title for title, _, _ in form)), rows))
+        tables.append(table(("method", *(title for title, _, _ in form)), rows))
     return "\n\n".join(tables)
 
 
@@ -128,7 +128,8 @@ def _cell(value, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column left, the others right."""
     widths = [max(len(str(r[i])) for r in (head, *rows)) for i in range(len(head))]
 
     def line(cells) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvshare_kernels import Donors, blend, copy_rotate, fit, key_spread, shift_table
+from kvshare_kernels import Donors, blend, copy_rotate, fit, key_spread, rotation_rows
 from kvshare_sched.evidence import Chunk, Witness
 from kvshare_sched.pipeline import Pipeline, Session
 from kvshare_sched.types import Segment
@@ -101,7 +101,7 @@ class Assembly:
         donors = Donors(
             slots,
             torch.from_numpy(weights / weights.sum(axis=0)).to(device),
-            *shift_table(self.cos_sin, torch.from_numpy(shifts).to(device)),
+            *rotation_rows(self.cos_sin, torch.from_numpy(shifts).to(device)),
             torch.from_numpy(np.concatenate(part)).to(device),
             len(segments),
         )

@@ -53,7 +53,7 @@ class Chunk:
         strategy, asking = self.session.strategy, len(self.asking)
         if strategy.first_pass is None or self.everything or not asking:
             return False
-        if 2 * self.session.plan.lone_len(self.start, self.end) <= int(self.reused.sum()):
+        if not self.session.plan.mostly_lone(self.start, self.end):
             return False
         chosen = int(self.forced.sum()) + self.budget(self.session.config.ratio)
         fresh = len(self.reused) - int(self.reused.sum())

@@ -145,9 +145,9 @@ class ReusePlan:
         """
         return sum(part.length * part.foreign**0.5 for part in self.clip(start, end))
 
-    def lone_len(self, start: int, end: int) -> int:
-        """Reused tokens inside [start, end) that belong to a text with one donor."""
-        return sum(part.length for part in self.clip(start, end) if not part.others)
+    def mostly_lone(self, start: int, end: int) -> bool:
+        """More than half of the tokens reused inside [start, end) belong to texts with one donor."""
+        return sum(part.length * (1 if part.others else -1) for part in self.clip(start, end)) < 0
 
     @property
     def approximate_from(self) -> int:

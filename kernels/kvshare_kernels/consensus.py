@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from kvshare_kernels.kv_copy import halves, rotate_run
+
 _RIDGE = 0.1  # pull of the given weights, relative to how far the donors are apart
 _BLOCK = 512  # rows blended together: the intermediates stay in the cache
 _SILENT = 1e-6  # donors closer to one another than this share of their size tell nothing: the given weights stand
@@ -26,12 +28,6 @@ class Donors(NamedTuple):
     def take(self, rows: torch.Tensor) -> "Donors":
         """The same donors for some of the rows (int64, indices into n)."""
         return Donors(*(t[:, rows] for t in self[:4]), self.part[rows], self.parts)
-
-
-def shift_table(cos_sin: torch.Tensor, shifts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines, float32 [..., R/2], that move keys by `shifts` int64 [...]; cos_sin [positions, R]."""
-    cos, sin = cos_sin[shifts.abs()].float().chunk(2, dim=-1)
-    return cos, sin * torch.sign(shifts)[..., None]
 
 
 def key_spread(k_buffers, donors: Donors, *, neox: bool) -> torch.Tensor:
@@ -121,16 +117,11 @@ def _mixed(buffer, donors, weights, turns, at: slice, neox: bool | None, *, size
 
 def _add_turned(mixed, moved, weight, cos, sin, neox: bool) -> None:
     """Add rows turned by the angle of cos and sin, both weighted already; dimensions beyond R/2 pairs only weighted."""
-    (a, b), rest = _halves(cos.shape[-1], neox), slice(2 * cos.shape[-1], None)
+    (a, b), rest = halves(cos.shape[-1], neox), slice(2 * cos.shape[-1], None)
     cos, sin = cos[:, None], sin[:, None]
     mixed[..., a].addcmul_(moved[..., a], cos).addcmul_(moved[..., b], sin, value=-1)
     mixed[..., b].addcmul_(moved[..., b], cos).addcmul_(moved[..., a], sin)
     mixed[..., rest].addcmul_(moved[..., rest], weight[:, None, None])
-
-
-def _halves(half: int, neox: bool) -> tuple[slice, slice]:
-    """The two dimensions of every rotated pair."""
-    return (slice(0, half), slice(half, 2 * half)) if neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
 
 
 def _turned(buffer: torch.Tensor, donors: Donors, i: int, neox: bool | None) -> torch.Tensor:
@@ -138,10 +129,4 @@ def _turned(buffer: torch.Tensor, donors: Donors, i: int, neox: bool | None) -> 
     moved = buffer.index_select(0, donors.slots[i]).float()
     if neox is None:
         return moved
-    cos, sin = donors.cos[i][:, None], donors.sin[i][:, None]
-    a, b = _halves(cos.shape[-1], neox)
-    first, second = moved[..., a], moved[..., b]
-    turned = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).add_(turned)
-    return moved
+    return rotate_run(moved, donors.cos[i][:, None], donors.sin[i][:, None], neox=neox)

@@ -9,16 +9,23 @@ from collections.abc import Sequence
 import torch
 
 
-def rotation_rows(cos_sin: torch.Tensor, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines, float32 [R/2] each, that move a rotated key by `shift` positions."""
-    cos, sin = cos_sin[abs(shift)].float().chunk(2)
-    return cos, (sin if shift >= 0 else -sin)
+def rotation_rows(cos_sin: torch.Tensor, shift: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines, float32 [..., R/2], that move rotated keys by `shift` positions (int64 [...])."""
+    cos, sin = cos_sin[abs(shift)].float().chunk(2, dim=-1)
+    return cos, sin * torch.as_tensor(shift, device=sin.device).sign()[..., None]
+
+
+def halves(pairs: int, neox: bool) -> tuple[slice, slice]:
+    """The two dimensions of each of the rotated pairs."""
+    return (slice(0, pairs), slice(pairs, 2 * pairs)) if neox else (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
 
 
 def rotate_run(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool) -> torch.Tensor:
-    """Rotate keys [n, G, D] of one run by the same shift; computes in float32, returns k's dtype."""
-    half = cos.shape[0]
-    a, b = (slice(0, half), slice(half, 2 * half)) if neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    """Rotate keys [n, G, D] by the same shift, or row by row; computes in float32, returns k's dtype.
+
+    cos, sin: from `rotation_rows`, [R/2] for all rows or [n, 1, R/2].
+    """
+    a, b = halves(cos.shape[-1], neox)
     out = k.clone() if k.dtype == torch.float32 else k.float()  # half precision would lose the angle
     first, second = out[..., a], out[..., b]
     turned = first * sin

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from kvshare_sched.evaluation.figures import CELL_TOLERANCE, assemble
+
+
+def made_with() -> dict:
+    """What a result file says of the software and the machine it was made with; nothing in it depends on the day."""
+    return {
+        "versions": {n: version(n) for n in ("kvshare-sched", "sglang", "torch", "transformers", "numpy")},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
 
 
 def write_json(folder: Path, content: dict) -> None:
@@ -75,7 +86,7 @@ def markdown(result: dict) -> str:
         parts.append(f"## {title}")
         for measure, label, form in (("task_score", "task score", "{:.2f}"), ("kl_mean", "KL mean, nats", "{:.4f}")):
             split = result[key]
-            body = [(name, *(_cell(split[part][name][measure], form) for part in split)) for name in result["summary"]]
+            body = [(name, *(cell(split[part][name][measure], form) for part in split)) for name in result["summary"]]
             parts.append(table((label, *split), body))
     return "\n\n".join(parts) + "\n"
 
@@ -119,12 +130,13 @@ def _summary_table(summary: dict[str, dict]) -> str:
     """Two tables: how close and how fast, then how good."""
     tables = []
     for form in (_CLOSENESS, _ANSWERS):
-        rows = [(name, *(_cell(figures[key], f) for _, key, f in form)) for name, figures in summary.items()]
+        rows = [(name, *(cell(figures[key], f) for _, key, f in form)) for name, figures in summary.items()]
         tables.append(table(("method", *(title for title, _, _ in form)), rows))
     return "\n\n".join(tables)
 
 
-def _cell(value, form: str) -> str:
+def cell(value, form: str) -> str:
+    """A figure in that form, a dash where nothing was measured."""
     return "-" if value is None else form.format(value)
 
 

@@ -8,12 +8,9 @@ by the warm-up, sent all at once. All set-ups are offered the same rates. Raw ro
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import requests as http
@@ -21,12 +18,12 @@ import requests as http
 from kvshare_sched import model, server
 from kvshare_sched.cpu import has_nvidia_gpu
 from kvshare_sched.errors import ConfigError, SetupError
+from kvshare_sched.evaluation.report import made_with
 from kvshare_sched.loadtest import blocks, quality, traces
 from kvshare_sched.loadtest.runner import Player, write_rows
 from kvshare_sched.loadtest.statistics import Slo, answered, makespan_s
 from kvshare_sched.loadtest.traces import Request, Trace
 
-_POOL = ("--max-total-tokens", "60000")  # of the embedded model; SGLang's own choice takes most of the memory
 _SINGLES = 4  # warm-up requests sent one by one: what happens once per tenant, an audit say, happens here
 _FEWEST = 8  # requests at a load point
 _QUALITY_PROMPTS = 4
@@ -89,7 +86,7 @@ def compare(
     """
     path = Path(model_path) if model_path else model.prepare()
     given = {a.split("=")[0] for a in server_arguments}
-    pool = () if model_path or "--max-total-tokens" in given else _POOL
+    pool = () if model_path or "--max-total-tokens" in given else server.SMALL_POOL
     seed = () if "--random-seed" in given else ("--random-seed", "1")
     setups = [setup(n, ["--model-path", str(path), *server_arguments, *pool, *seed]) for n in names]
     settings = {
@@ -99,9 +96,7 @@ def compare(
         "repeats": repeats,
         "setups": {s.name: {"arguments": [a for a in s.arguments if a != str(path)]} for s in setups},
         "texts": blocks.digest(),
-        "versions": {n: version(n) for n in ("kvshare-sched", "sglang", "torch", "transformers", "numpy")},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **made_with(),
         "rough_capacity_rps": {},
         "capacity_rps": {},
         "quality": {},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.evaluation.report import table, write_json
+from kvshare_sched.evaluation.report import cell, table, write_json
 from kvshare_sched.loadtest import pictures
 from kvshare_sched.loadtest.runner import read_rows
 from kvshare_sched.loadtest.statistics import Slo, agreement, answered, figures, origins, throughput_ratio, ttft_ratio
@@ -172,9 +172,9 @@ def _ratios(result: dict) -> str:
                     "{:.2f} ({:.2f} to {:.2f})".format(c["ttft_mean_ratio"], *c["ttft_mean_ratio_interval"]),
                     "{:.2f} ({:.2f} to {:.2f})".format(c["throughput_ratio"], *c["throughput_ratio_range"]),
                     *(f"{c[key]:.0%}" for key in ("reused_share", "exact_share", "exact_share_of_base")),
-                    _cell(quality["first_token_agreement"], "{:.0%}"),
-                    _cell(quality.get("kl_mean"), "{:.4f}"),
-                    _cell(quality.get("kl_max"), "{:.4f}"),
+                    cell(quality["first_token_agreement"], "{:.0%}"),
+                    cell(quality.get("kl_mean"), "{:.4f}"),
+                    cell(quality.get("kl_max"), "{:.4f}"),
                 )
             )
     return table(head, body)
@@ -203,14 +203,14 @@ def _runs(runs: Sequence[dict]) -> str:
         body.append(
             (
                 r["workload"],
-                _cell(r["load"], "{:g}"),
+                cell(r["load"], "{:g}"),
                 r["setup"],
                 f"{r['answered']}/{r['requests']}",
-                _cell(r["offered_rps"], "{:.3f}"),
+                cell(r["offered_rps"], "{:.3f}"),
                 f"{r['throughput_rps']:.3f}",
                 f"{r['goodput_rps']:.3f}",
                 *times,
-                _cell(r["tpot_s"] and r["tpot_s"]["mean"], "{:.3f}"),
+                cell(r["tpot_s"] and r["tpot_s"]["mean"], "{:.3f}"),
                 f"{r['end_to_end_s']['mean']:.2f}",
                 f"{r['origins']['reused_share']:.0%}",
                 f"{r['origins']['exact_share']:.0%}",
@@ -225,7 +225,7 @@ def _tenants(runs: Sequence[dict]) -> str:
     body = [
         (
             r["workload"],
-            _cell(r["load"], "{:g}"),
+            cell(r["load"], "{:g}"),
             r["setup"],
             name,
             part["requests"],
@@ -239,7 +239,3 @@ def _tenants(runs: Sequence[dict]) -> str:
         for name, part in list(r["tenants"].items())[:10]
     ]
     return table(head, body)
-
-
-def _cell(value, form: str) -> str:
-    return "-" if value is None else form.format(value)

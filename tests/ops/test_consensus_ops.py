@@ -5,7 +5,7 @@ import torch
 from samples import DTYPES, same
 from test_copy_rotate import KEYS, LAYERS, SLOTS, cos_sin, pool
 
-from kvshare_kernels import Donors, blend, copy_rotate, fit, key_spread, reference, shift_table
+from kvshare_kernels import Donors, blend, copy_rotate, fit, key_spread, reference, rotation_rows
 
 ROWS = 40
 TABLE = 256
@@ -25,7 +25,9 @@ def world(spans, shifts, device, parts=1, seed=0):
     moved = torch.tensor(shifts)[:, None].repeat(1, ROWS)
     table = cos_sin(32, device)
     part = torch.arange(ROWS) * parts // ROWS
-    donors = Donors(slots.to(device), weights.to(device), *shift_table(table, moved.to(device)), part.to(device), parts)
+    donors = Donors(
+        slots.to(device), weights.to(device), *rotation_rows(table, moved.to(device)), part.to(device), parts
+    )
     return target, donors, moved.to(device), table
 
 

@@ -1,4 +1,4 @@
-.PHONY: setup demo eval test check serve
+.PHONY: setup demo eval bench test check serve
 
 setup:            ## .venv with stock SGLang and the embedded model; returns at once when it is there
 	@bash scripts/setup.sh
@@ -8,6 +8,9 @@ demo: setup       ## the main job: stock SGLang, real model, reuse off and on si
 
 eval: setup       ## answer quality of every method on real text, small version (some 15 minutes); out/eval
 	@.venv/bin/kvshare eval --cases 24 --ratios 0.15 --methods naive,random,epic,cacheblend,kvshare,default,quality,speed
+
+bench: setup      ## load test: stock SGLang (lpm) and ours on the same RAG and agent traces (under 15 minutes); out/bench
+	@.venv/bin/kvshare bench --traces benchmarks/traces/rag.jsonl,benchmarks/traces/agents.jsonl
 
 test: setup       ## everything: unit, property, ops, contract, then end-to-end on the real server
 	@.venv/bin/python -m pytest -q tests

@@ -1,43 +1,62 @@
-"""Donor KV into a request's own slots, keys rotated to their new positions: one donor's, or the mean of several.
+"""Donor KV into a request's own slots, keys turned to their new positions: one donor's, or a blend of several.
 
 The only place that reads another request's KV. Sources are slots of leased donors, targets the slots SGLang
-allocated for the request that borrows.
+allocated for the request that borrows. A text with one donor is copied before the layers run. A text with several
+is blended layer by layer, once the rows of it that are computed anew have shown that layer which donors to trust.
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from kvshare_kernels import copy_mean, copy_rotate
-from kvshare_sched.evidence import Chunk
+from kvshare_kernels import Donors, blend, copy_rotate, fit, key_spread, rotation_rows
+from kvshare_sched.evidence import Chunk, Witness
 from kvshare_sched.pipeline import Pipeline, Session
 from kvshare_sched.types import Segment
 
-# Spread a measured layer, taken for text with one donor in a foreign context: some twice the usual one of several
-# donors, because one donor is further from the truth than their mean.
+# Spread a compared layer, taken for the start of a text with one donor in a foreign context: some twice the usual one
+# of several donors, because one donor is further from the truth than they are together. Further inside, a token
+# depends ever more on its own text: so many tokens in, the spread has fallen to seven tenths.
 _LONE_SPREAD = 0.006
+_LONE_REACH = 16
 _OWN_NOISE = 0.1  # a donor with the very same left context weighs 1 / this against 1 / (1 + this) for a foreign one
+
+
+@dataclass(slots=True)
+class Blend:
+    """The texts of one chunk that several donors have."""
+
+    chunk: Chunk
+    rows: np.ndarray  # int64 [n], rows of the batch
+    target: torch.Tensor  # int64 [n], their slots
+    donors: Donors
+    spread: torch.Tensor  # float32 [n]
 
 
 class Assembly:
     """Copies for one rank's KV pool. cos_sin: the model's rotary table, float32 [positions, R]."""
 
-    def __init__(self, pipeline: Pipeline, pool, depth: int, cos_sin: torch.Tensor, neox: bool):
-        self.pipeline = pipeline
-        self.keys = [pool.get_key_buffer(i) for i in range(depth)]
-        self.values = [pool.get_value_buffer(i) for i in range(depth)]
+    def __init__(self, pipeline: Pipeline, witness: Witness, depth: int, cos_sin: torch.Tensor, neox: bool):
+        self.pipeline, self.witness = pipeline, witness
+        self.keys = [witness.pool.get_key_buffer(i) for i in range(depth)]
+        self.values = [witness.pool.get_value_buffer(i) for i in range(depth)]
         self.cos_sin, self.neox = cos_sin, neox
 
-    def copy(self, batch, chunks: list[Chunk]) -> dict[int, torch.Tensor]:
-        """Donor KV into the chunks' own slots, keys rotated; layers below a chunk's first check are never read.
+    def copy(self, batch, chunks: list[Chunk]) -> tuple[dict[int, torch.Tensor], list[Blend]]:
+        """Donor KV of texts with one donor into the chunks' own slots; layers below a first check are never read.
 
-        Returns how far the donors are apart, float32 [rows of the chunk], by the chunk's first row.
+        Returns how far each chunk's donors are apart, float32 [rows of the chunk], by the chunk's first row, and the
+        texts with several donors, of which nothing has been written yet.
         """
         by_first_layer: dict[int, list] = defaultdict(list)
-        spread = {}
+        spread, blends = {}, []
         for chunk in chunks:
             checks = chunk.checks(len(self.keys))
             runs = by_first_layer[checks[0].layer if checks else 0]
@@ -45,39 +64,104 @@ class Assembly:
             parts = self.pipeline.copies(session, chunk.start, chunk.end)
             if parts and session.approximate_from is None:
                 session.approximate_from = session.plan.approximate_from
-            spread[chunk.row] = torch.zeros(len(chunk.reused), device=batch.out_cache_loc.device)
+            found = spread[chunk.row] = torch.zeros(len(chunk.reused), device=batch.out_cache_loc.device)
             for segment, lease in parts:
                 low = segment.start - chunk.start
-                target = batch.out_cache_loc[chunk.row + low : chunk.row + low + segment.length].long()
-                if segment.others:
-                    spread[chunk.row][low : low + segment.length] = self._copy_mean(session, segment, target)
-                else:
+                found[low : low + segment.length] = self._lone_spread(session, segment)
+                if not segment.others:
+                    target = batch.out_cache_loc[chunk.row + low : chunk.row + low + segment.length].long()
                     runs.append((lease.slots[segment.donor_start : segment.donor_end], target, segment.shift))
-                    spread[chunk.row][low : low + segment.length] = self._lone_spread(session, segment)
+            if shared := [segment for segment, _ in parts if segment.others]:
+                blends.append(job := self._blend(batch, chunk, shared))
+                several = (job.donors.weights > 0).sum(dim=0) > 1
+                at = torch.from_numpy(job.rows - chunk.row).to(found.device)
+                found[at[several]] = job.spread[several]
         for first, runs in by_first_layer.items():
             copy_rotate(self.keys[first:], self.values[first:], runs, self.cos_sin, neox=self.neox)
-        return spread
+        return spread, blends
 
-    def _copy_mean(self, session: Session, segment: Segment, target: torch.Tensor) -> torch.Tensor:
-        """The mean of a segment's donors into `target`; float32 [length], how far they are apart."""
-        weights = np.zeros((len(segment.places), segment.length), np.float32)
-        for row, place in zip(weights, segment.places, strict=True):
-            row[place.start - segment.start : place.end - segment.start] = 1 / (_OWN_NOISE + place.foreign)
-        alone = torch.from_numpy((weights > 0).sum(axis=0) == 1).to(target.device)  # parts that only one donor has
-        weights = torch.from_numpy(weights / weights.sum(axis=0)).to(target.device)
-        parts = []
-        for weight, place in zip(weights, segment.places, strict=True):
-            low = place.start - segment.start
-            source = session.leases[place.donor_id].slots[place.donor_start : place.donor_end]
-            parts.append((source, low, place.shift, weight[low : low + place.length]))
-        measured = self._measured(session)
-        spread = copy_mean(self.keys, self.values, target, parts, self.cos_sin, neox=self.neox, measured=measured)
-        return spread.masked_fill_(alone, self._lone_spread(session, segment))
+    def _blend(self, batch, chunk: Chunk, segments: list[Segment]) -> Blend:
+        device = batch.out_cache_loc.device
+        width = max(len(s.places) for s in segments)
+        total = sum(s.length for s in segments)
+        weights, shifts = np.zeros((width, total), np.float32), np.zeros((width, total), np.int64)
+        slots = torch.empty((width, total), dtype=torch.int64, device=device)
+        rows, part, at = [], [], 0
+        for number, segment in enumerate(segments):
+            lease = chunk.session.leases[segment.donor_id]
+            slots[:, at : at + segment.length] = lease.slots[segment.donor_start : segment.donor_end]
+            for i, place in enumerate(segment.places):
+                here = slice(at + place.start - segment.start, at + place.end - segment.start)
+                slots[i, here] = chunk.session.leases[place.donor_id].slots[place.donor_start : place.donor_end]
+                weights[i, here], shifts[i, here] = 1 / (_OWN_NOISE + place.foreign), place.shift
+            rows.append(np.arange(segment.start, segment.end) - chunk.start + chunk.row)
+            part.append(np.full(segment.length, number))
+            at += segment.length
+        rows = np.concatenate(rows)
+        donors = Donors(
+            slots,
+            torch.from_numpy(weights / weights.sum(axis=0)).to(device),
+            *rotation_rows(self.cos_sin, torch.from_numpy(shifts).to(device)),
+            torch.from_numpy(np.concatenate(part)).to(device),
+            len(segments),
+        )
+        target = batch.out_cache_loc[torch.from_numpy(rows).to(device)].long()
+        compared = [self.keys[layer] for layer in chunk.session.strategy.compared(len(self.keys))]
+        return Blend(chunk, rows, target, donors, key_spread(compared, donors, neox=self.neox))
 
-    def _measured(self, session: Session) -> range:
-        """Layers where the donors' keys are compared."""
-        first_pass = session.strategy.first_pass
-        return (first_pass(len(self.keys)) if first_pass else None) or range(len(self.keys))
+    def blend_unfitted(self, blends: list[Blend]) -> None:
+        """Write the blends with their given weights, on all layers: what a first pass looks at."""
+        for job in blends:
+            for keys, values in zip(self.keys, self.values, strict=True):
+                blend(keys, job.donors, job.target, None, neox=self.neox)
+                blend(values, job.donors, job.target, None, neox=None)
 
-    def _lone_spread(self, session: Session, segment: Segment) -> float:
-        return _LONE_SPREAD * len(self._measured(session)) * segment.foreign
+    @contextlib.contextmanager
+    def blending(self, blends: list[Blend], rows: np.ndarray | None, keep: np.ndarray) -> Iterator[None]:
+        """While layers run inside the block, each writes the blends of the rows it does not compute.
+
+        rows: the original batch's row of each row that runs, None for all; keep: bool, the rows that run.
+        """
+        if rows is None or not blends:
+            yield
+            return
+        device = blends[0].target.device
+        work = []
+        for job in blends:
+            anew = keep[job.rows]
+            if anew.all():
+                continue
+            local, old, new = (
+                torch.from_numpy(x).to(device)
+                for x in (np.searchsorted(rows, job.rows[anew]), np.flatnonzero(~anew), np.flatnonzero(anew))
+            )
+            work.append((job, local, job.donors.take(new), job.donors.take(old), job.target[old]))
+
+        def write(module, args):
+            # Just before the layer attends: k and v of the rows that run are there, the pool does not hold them yet.
+            started = time.perf_counter()
+            _, k, v, *_ = args
+            layer = module.layer_id
+            k = k.view(-1, module.tp_k_head_num, module.qk_head_dim)
+            v = v.view(-1, module.tp_v_head_num, module.v_head_dim)
+            for _, local, known, unknown, target in work:
+                for buffer, fresh, neox in ((self.keys[layer], k, self.neox), (self.values[layer], v, None)):
+                    trust = fit(buffer, known, fresh[local], neox=neox)
+                    blend(buffer, unknown, target, trust, neox=neox)
+            spent = (time.perf_counter() - started) / max(1, len(work))
+            for session in (job.chunk.session for job, *_ in work):
+                session.copy_s += spent
+                session.recompute_s -= spent  # inside the time of the layers
+
+        hooks = [module.register_forward_pre_hook(write) for module in self.witness.attention.values()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _lone_spread(self, session: Session, segment: Segment) -> torch.Tensor:
+        """What is taken for the spread of a text with one donor, float32 [length]."""
+        layers = len(session.strategy.compared(len(self.keys)))
+        inside = torch.arange(segment.length, device=self.cos_sin.device) / _LONE_REACH
+        return (_LONE_SPREAD * layers * segment.foreign) * (1 + inside).rsqrt()

@@ -11,6 +11,8 @@ from kvshare_sched import __version__
 from kvshare_sched.errors import KVShareError
 from kvshare_sched.evaluation.methods import METHODS
 from kvshare_sched.evaluation.tasks import TASKS
+from kvshare_sched.loadtest.arrivals import ARRIVALS
+from kvshare_sched.loadtest.workloads import WORKLOADS
 from kvshare_sched.scheduling.order import KEYS
 
 _SERVE_HELP = """start stock SGLang; every SGLang argument passes through, kvshare only fills in defaults:
@@ -19,6 +21,9 @@ _SERVE_HELP = """start stock SGLang; every SGLang argument passes through, kvsha
 
 _EVAL_HELP = """compare every method with full prefill over the same donors, on one server: KL, task scores with
 confidence intervals, computed cells, times; what is not an option below is passed to SGLang"""
+
+_BENCH_HELP = """play traces against a running server, or start several set-ups and compare them on the same traces:
+time to first token, throughput, goodput, tenants, token origins; what is not an option below is passed to SGLang"""
 
 
 def _serve(options, rest: list[str]) -> int:
@@ -74,6 +79,28 @@ def _simulate(options, rest: list[str]) -> int:
     return report.run(options)
 
 
+def _bench(options, rest: list[str]) -> int:
+    from kvshare_sched.loadtest import run
+    from kvshare_sched.loadtest.statistics import Slo
+
+    return run.run(
+        url=options.url,
+        setups=options.compare,
+        names=options.traces,
+        requests=options.requests,
+        arrivals=options.arrivals,
+        rate=options.rate,
+        loads=options.loads,
+        seconds=options.seconds,
+        repeats=options.repeats,
+        sockets=options.sockets,
+        slo=Slo(options.slo_ttft, options.slo_tpot),
+        model_path=options.model_path,
+        out=options.out,
+        server_arguments=rest,
+    )
+
+
 def _names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -116,6 +143,26 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--orders", type=_names, default=list(KEYS), help=f"of {','.join(KEYS)}")
     simulate.add_argument("--out", default="out/simulate.json", help="all figures")
     simulate.set_defaults(run=_simulate, passes_through=False)
+    bench = commands.add_parser(
+        "bench", help="load test: a running server, or set-ups compared", description=_BENCH_HELP
+    )
+    bench.add_argument("--url", help="a running SGLang; without it --compare starts servers")
+    bench.add_argument(
+        "--compare", type=_names, default=["stock", "kvshare"], help="set-ups: stock, kvshare, or either as NAME+POLICY"
+    )
+    bench.add_argument("--traces", type=_names, default=["rag", "agents"], help=f"of {','.join(WORKLOADS)}; or files")
+    bench.add_argument("--requests", type=int, help="length of a workload drawn anew; of a file, its first requests")
+    bench.add_argument("--arrivals", choices=sorted(ARRIVALS), default="poisson", help="of a workload drawn anew")
+    bench.add_argument("--rate", type=float, help="requests a second with --url; without it the pace of the trace")
+    bench.add_argument("--loads", type=_numbers, default=[1.0, 4.0], help="in capacities of the first set-up")
+    bench.add_argument("--seconds", type=float, default=60, help="what the first set-up needs for one load")
+    bench.add_argument("--repeats", type=int, default=1, help="of everything; more than one shows the spread")
+    bench.add_argument("--sockets", type=int, default=256, help="open at once; further requests wait on this side")
+    bench.add_argument("--slo-ttft", type=float, default=5.0, help="seconds to the first token that are good enough")
+    bench.add_argument("--slo-tpot", type=float, default=0.5, help="seconds a later token that are good enough")
+    bench.add_argument("--model-path", help="a model folder; without it the embedded model")
+    bench.add_argument("--out", default="out/bench", help="folder for raw rows, report.json, report.md and pictures")
+    bench.set_defaults(run=_bench, passes_through=True)
     model = commands.add_parser("model", help="prepare the embedded model, once")
     model.add_argument("--print-path", action="store_true", help="print its folder as the last line of stdout")
     model.set_defaults(run=_model, passes_through=False)

@@ -45,9 +45,15 @@ class Chunk:
 
     @property
     def looks(self) -> bool:
-        """A first pass of the fresh rows shows who is looked at; it must not cost more than it can save."""
+        """A first pass of the fresh rows shows who is looked at.
+
+        Where most of the text has several donors their spread says enough; and the pass must not cost more than it
+        can save.
+        """
         strategy, asking = self.session.strategy, len(self.asking)
         if strategy.first_pass is None or self.everything or not asking:
+            return False
+        if not self.session.plan.mostly_lone(self.start, self.end):
             return False
         chosen = int(self.forced.sum()) + self.budget(self.session.config.ratio)
         fresh = len(self.reused) - int(self.reused.sum())

@@ -39,8 +39,8 @@ class Executor:
         self.model_runner = model_runner
         self.model = model_runner.model
         self.layers = self.model.model.layers
-        self.assembly = Assembly(pipeline, model_runner.token_to_kv_pool, len(self.layers), cos_sin, neox)
         self.witness = Witness(model_runner)
+        self.assembly = Assembly(pipeline, self.witness, len(self.layers), cos_sin, neox)
         self._ordinary = self.model.forward
         self.repair = DecodeRepair(pipeline, model_runner, self.witness, self._ordinary)
 
@@ -103,7 +103,8 @@ class Executor:
             for check in chunk.checks(depth):
                 share_at[check.layer].append((chunk, check.share))
         started = time.perf_counter()
-        spread = self.assembly.copy(batch, chunks)
+        spread, blends = self.assembly.copy(batch, chunks)
+        self.assembly.blend_unfitted([b for b in blends if b.chunk.looks])
         copied = time.perf_counter()
 
         keep = np.ones(input_ids.shape[0], bool)  # rows that run
@@ -116,7 +117,10 @@ class Executor:
         view, rows = self._enter(input_ids, positions, batch, keep)
         cells, layer = np.zeros(len(chunks), np.int64), 0
         for check_layer, choosing in sorted(share_at.items(), key=lambda item: item[0]):
-            with self.witness.scores(check_layer, view, rows, [c for c, _ in choosing], keep) as scores:
+            with (
+                self.witness.scores(check_layer, view, rows, [c for c, _ in choosing], keep) as scores,
+                self.assembly.blending(blends, rows, keep),
+            ):
                 self._span(view, layer, check_layer + 1)
             cells += self._rows_of(chunks, keep) * (check_layer + 1 - layer)
             layer = check_layer + 1
@@ -127,7 +131,8 @@ class Executor:
             if layer < depth:
                 view, rows = self._narrow(view, rows, keep, batch, input_ids, positions, layer)
         cells += self._rows_of(chunks, keep) * (depth - layer)
-        output = self._finish(view, rows, layer, input_ids, batch)
+        with self.assembly.blending(blends, rows, keep):
+            output = self._finish(view, rows, layer, input_ids, batch)
         spent = time.perf_counter() - copied
 
         for chunk, n in zip(chunks, cells.tolist(), strict=True):

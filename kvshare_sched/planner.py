@@ -74,7 +74,8 @@ def rows_per_layer(
         share = {"full": 1.0, "naive": 0.0}.get(strategy.name, config.ratio)
         chosen = plan.doubtful_len(start, end) if strategy.by_doubt and share < 1 else reused
         current = fresh + max(forced, math.ceil(share * chosen))
-    looking = strategy.first_pass(layers).stop if strategy.first_pass and reused else 0  # fresh rows run twice
+    alone = plan.mostly_lone(start, end)
+    looking = strategy.first_pass(layers).stop if strategy.first_pass and alone else 0  # fresh rows run twice
     for layer in range(layers):
         per_layer.append(min(rows, current + (fresh if layer < looking else 0)))
         while checks and checks[0].layer == layer:

@@ -19,6 +19,7 @@ from pathlib import Path
 from kvshare_sched.cpu import has_nvidia_gpu
 from kvshare_sched.errors import SetupError
 
+SMALL_POOL = ("--max-total-tokens", "60000")  # of the embedded model; SGLang's own choice takes most of the memory
 _READY_S = 600  # model load and pool allocation included
 
 

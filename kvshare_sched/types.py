@@ -145,6 +145,10 @@ class ReusePlan:
         """
         return sum(part.length * part.foreign**0.5 for part in self.clip(start, end))
 
+    def mostly_lone(self, start: int, end: int) -> bool:
+        """More than half of the tokens reused inside [start, end) belong to texts with one donor."""
+        return sum(part.length * (1 if part.others else -1) for part in self.clip(start, end)) < 0
+
     @property
     def approximate_from(self) -> int:
         """First position whose KV depends on another context; everything before it is exact KV."""

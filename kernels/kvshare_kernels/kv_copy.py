@@ -4,21 +4,28 @@ The plain twin is `reference.copy_rotate`. This form walks runs of equal shift, 
 and sine rows serves a whole run and the elementwise work broadcasts over it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
 
-def rotation_rows(cos_sin: torch.Tensor, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines, float32 [R/2] each, that move a rotated key by `shift` positions."""
-    cos, sin = cos_sin[abs(shift)].float().chunk(2)
-    return cos, (sin if shift >= 0 else -sin)
+def rotation_rows(cos_sin: torch.Tensor, shift: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines, float32 [..., R/2], that move rotated keys by `shift` positions (int64 [...])."""
+    cos, sin = cos_sin[abs(shift)].float().chunk(2, dim=-1)
+    return cos, sin * torch.as_tensor(shift, device=sin.device).sign()[..., None]
+
+
+def halves(pairs: int, neox: bool) -> tuple[slice, slice]:
+    """The two dimensions of each of the rotated pairs."""
+    return (slice(0, pairs), slice(pairs, 2 * pairs)) if neox else (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
 
 
 def rotate_run(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool) -> torch.Tensor:
-    """Rotate keys [n, G, D] of one run by the same shift; computes in float32, returns k's dtype."""
-    half = cos.shape[0]
-    a, b = (slice(0, half), slice(half, 2 * half)) if neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    """Rotate keys [n, G, D] by the same shift, or row by row; computes in float32, returns k's dtype.
+
+    cos, sin: from `rotation_rows`, [R/2] for all rows or [n, 1, R/2].
+    """
+    a, b = halves(cos.shape[-1], neox)
     out = k.clone() if k.dtype == torch.float32 else k.float()  # half precision would lose the angle
     first, second = out[..., a], out[..., b]
     turned = first * sin
@@ -46,42 +53,3 @@ def copy_rotate(
             moved = keys.index_select(0, source)
             keys.index_copy_(0, target, rotate_run(moved, cos, sin, neox=neox) if shift else moved)
             values.index_copy_(0, target, values.index_select(0, source))
-
-
-def copy_mean(
-    k_buffers: Sequence[torch.Tensor],
-    v_buffers: Sequence[torch.Tensor],
-    target: torch.Tensor,
-    parts: Sequence[tuple[torch.Tensor, int, int, torch.Tensor]],
-    cos_sin: torch.Tensor,
-    *,
-    neox: bool,
-    measured: Collection[int] = (),
-) -> torch.Tensor:
-    """Write the weighted mean of several donors' KV into the target slots; returns how far the keys are apart.
-
-    k_buffers, v_buffers: one [slots, G, D] tensor a layer, written in place. target int64 [n]. parts: (source
-    slots int64 [m], first target index, shift, weights float32 [m]); the weights of a target index add up to 1.
-    Spread float32 [n]: weighted variance of the rotated keys, relative to the layer's mean squared norm, summed
-    over the `measured` indices into k_buffers; 0 where there is one donor. Plain twin: `reference.copy_mean`.
-    """
-    device = target.device
-    angles = [rotation_rows(cos_sin, shift) for _, _, shift, _ in parts]
-    spread = torch.zeros(len(target), dtype=torch.float32, device=device)
-    for layer, (keys, values) in enumerate(zip(k_buffers, v_buffers, strict=True)):
-        mean_k = torch.zeros((len(target), *keys.shape[1:]), dtype=torch.float32, device=device)
-        mean_v = torch.zeros_like(mean_k)
-        squares = torch.zeros(len(target), dtype=torch.float32, device=device)
-        for (source, first, shift, weight), (cos, sin) in zip(parts, angles, strict=True):
-            at, w = slice(first, first + len(source)), weight[:, None, None]
-            moved = keys.index_select(0, source).float()
-            if layer in measured:
-                squares[at].addcmul_(weight, moved.square().flatten(1).sum(dim=1))  # rotation keeps the norm
-            mean_k[at].addcmul_(rotate_run(moved, cos, sin, neox=neox) if shift else moved, w)
-            mean_v[at].addcmul_(values.index_select(0, source).float(), w)
-        if layer in measured:
-            variance = (squares - mean_k.square().flatten(1).sum(dim=1)).clamp_(min=0)
-            spread += variance / squares.mean().clamp_(min=1e-20)
-        keys.index_copy_(0, target, mean_k.to(keys.dtype))
-        values.index_copy_(0, target, mean_v.to(values.dtype))
-    return spread

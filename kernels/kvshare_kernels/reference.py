@@ -63,29 +63,33 @@ def copy_rotate(k_buffers, v_buffers, source, target, shift, cos_sin, *, neox):
         values[target] = values[source]
 
 
-def copy_mean(k_buffers, v_buffers, target, parts, cos_sin, *, neox, measured=()):
-    """Weighted mean of several donors' KV into `target`; see `kv_copy.copy_mean` for the arguments.
+def turned_donors(buffer, donors, cos_sin, shifts, *, neox):
+    """The donors' rows at their target positions, float32 [K, n, G, D]; shifts int64 [K, n], neox None for values."""
+    rows = [buffer[slots] for slots in donors.slots]
+    if neox is not None:
+        rows = [rotate(row.float(), shift, cos_sin, neox=neox) for row, shift in zip(rows, shifts, strict=True)]
+    return torch.stack(rows).float()
 
-    Returns the spread float32 [n]: sum over the measured layers of sum_i w_i |k_i - mean|^2 / mean_p sum_i w_i |k_i|^2.
-    """
-    spread = torch.zeros(len(target))
-    for layer, (keys, values) in enumerate(zip(k_buffers, v_buffers, strict=True)):
-        moved = []  # per donor: weights [n], keys and values [n, G, D], zero where it has no part
-        for source, first, shift, weight in parts:
-            at = slice(first, first + len(source))
-            w = torch.zeros(len(target))
-            k, v = (torch.zeros(len(target), *keys.shape[1:]) for _ in range(2))
-            w[at] = weight
-            k[at] = rotate(keys[source], torch.full((len(source),), shift), cos_sin, neox=neox).float()
-            v[at] = values[source].float()
-            moved.append((w, k, v))
-        mean_k, mean_v = (sum(m[0][:, None, None] * m[i] for m in moved) for i in (1, 2))
-        if layer in measured:
-            away = sum(w * (k - mean_k).square().sum(dim=(1, 2)) for w, k, _ in moved)
-            size = sum(w * k.square().sum(dim=(1, 2)) for w, k, _ in moved).mean()
-            spread += away / size
-        keys[target], values[target] = mean_k.to(keys.dtype), mean_v.to(values.dtype)
+
+def key_spread(k_buffers, donors, cos_sin, shifts, *, neox):
+    """Sum over the layers of sum_i w_i |k_i - mean|^2 / mean_p sum_i w_i |k_i|^2, float32 [n]."""
+    spread = torch.zeros(donors.weights.shape[1])
+    for keys in k_buffers:
+        moved = turned_donors(keys, donors, cos_sin, shifts, neox=neox)
+        mean = (donors.weights[:, :, None, None] * moved).sum(dim=0)
+        away = (donors.weights * (moved - mean).square().sum(dim=(2, 3))).sum(dim=0)
+        spread += away / (donors.weights * moved.square().sum(dim=(2, 3))).sum(dim=0).mean()
     return spread
+
+
+def blended(moved, donors, correction):
+    """The mean of `moved` [K, n, G, D] plus the corrected parts of what sets each donor apart, float32 [n, G, D].
+
+    correction float32 [parts, K]. A donor that lacks a row says nothing there.
+    """
+    mean = (donors.weights[:, :, None, None] * moved).sum(dim=0)
+    apart = (moved - mean) * (donors.weights > 0)[:, :, None, None]
+    return mean + torch.einsum("nk,kngd->ngd", correction[donors.part], apart)
 
 
 def token_deviation(fresh, cached):

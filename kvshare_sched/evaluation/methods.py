@@ -17,6 +17,7 @@ METHODS: dict[str, dict[str, object]] = {
     "epic": {"strategy": "epic"},
     "cacheblend": {"strategy": "cacheblend"},
     "kvshare": {"strategy": "kvshare"},
+    "consensus": {"strategy": "consensus"},
     "default": {},
     "quality": {"preset": "quality"},
     "speed": {"preset": "speed"},

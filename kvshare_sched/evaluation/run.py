@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -18,8 +16,6 @@ from kvshare_sched.evaluation import formats, methods, report, tasks, texts
 from kvshare_sched.evaluation.cases import SEED, Case, Prompt
 from kvshare_sched.evaluation.measure import ANSWER_TOKENS, Bench
 from kvshare_sched.evaluation.statistics import RESAMPLES
-
-_POOL = ("--max-total-tokens", "60000")  # ample for one case; SGLang's own choice takes most of the memory
 
 
 def run(
@@ -43,7 +39,7 @@ def run(
         raise ConfigError(f"--donors {donors} leaves nothing to reuse; accepted: 1 or more.")
     chosen = deal(task_names, cases, donors)
     path, folder = Path(model_path) if model_path else model.prepare(), Path(out)
-    pool = () if model_path or "--max-total-tokens" in server_arguments else _POOL
+    pool = () if model_path or "--max-total-tokens" in server_arguments else server.SMALL_POOL
     arguments = server.fill_defaults(["--model-path", str(path), *server_arguments, *pool])
     render = renderer(path)
     print("starting stock SGLang with the kvshare backend ...", flush=True)
@@ -53,7 +49,7 @@ def run(
         client = Client(url)
         chosen = fitting(chosen, render, client.context_length())
         warm_up = client.generate(render(chosen[0].donors[0]), new_tokens=4, namespace="warm-up")
-        layers, config = warm_up.report["layers"], KVShareConfig.load()
+        layers, config = warm_up.report["layers"], KVShareConfig.load(os.environ | environment)
         columns = methods.resolve(method_names, ratios, layers, config)
         settings = {
             "model": path.name,
@@ -78,9 +74,7 @@ def _circumstances() -> dict:
         "seed": SEED,
         "resamples": RESAMPLES,
         "texts": texts.digest(texts.library()),
-        "versions": {n: version(n) for n in ("kvshare-sched", "sglang", "torch", "transformers", "numpy")},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **report.made_with(),
     }
 
 

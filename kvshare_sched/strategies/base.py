@@ -27,7 +27,9 @@ class Evidence:
     v_squared: torch.Tensor | None = None
     v_absolute: torch.Tensor | None = None  # L1 norm of the value deviation
     alpha: torch.Tensor | None = None  # attention received, mean over heads
-    spread: torch.Tensor | None = None  # how far the donors' keys are apart, relative; 0 with one donor
+    spread: torch.Tensor | None = (
+        None  # how far the donors' keys are apart, relative; with one donor, how far it may be off
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,10 @@ class Strategy:
     upfront: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     forced_head: Callable[[KVShareConfig], int] = lambda config: config.forced_head
     needs_alpha: bool = False
-    donors: int = 1  # donors of one text whose mean stands in
-    # number of layers -> those where a first pass of the fresh rows shows who is looked at; None: no such pass
+    donors: int = 1  # donors of one text that stand in together
+    # number of layers -> those on which donors are compared
+    compared: Callable[[int], range] = lambda layers: range(0)
+    # number of layers -> those where a first pass of the fresh rows shows who is looked at in text with one donor
     first_pass: Callable[[int], range] | None = None
     by_doubt: bool = False  # the budget is a share of the tokens whose left context is foreign, not of all reused ones
 

@@ -1,10 +1,11 @@
-"""Consensus: several donors' mean stands in; what the fresh rows look at and the donors disagree on is recomputed.
+"""Consensus: what several donors agree on stands; what they disagree on is recomputed, and tells whom to trust.
 
-Ours, built from what was measured (benchmarks/README.md): (1) the mean of two donors, weighted by how well their left
-context agrees, is mostly closer to full prefill than one of them, and safer than the mean of four; (2) how far the
-donors are apart tells which tokens depend on their context, before the request comes; (3) a token nobody looks at
-does no harm, and the rows that will look are the fresh ones: a first pass of them over the assembled KV costs their
-own cells once more and no check layer.
+Ours, built from what was measured (benchmarks/README.md): (1) how far a text's donors are apart tells which tokens
+depend on their context, before the request comes; (2) on every layer the rows computed anew show which donors come
+closest to this request's context, and the rest of the text follows that mixture (a ridge regression of a few
+unknowns; KVCOMM, arXiv 2510.12872, blends by likeness of the prompts instead); (3) where a text has one donor there is
+nothing to compare: then a first pass of the fresh rows shows who is looked at, because a token nobody looks at does
+no harm. It costs the fresh rows' own cells once more on the lower two thirds of the layers.
 """
 
 import torch
@@ -13,11 +14,16 @@ from kvshare_sched.strategies.base import Evidence, Strategy, no_checks
 
 
 def late_layers(layers: int) -> range:
-    """Every other layer of the span where stale keys do the harm: from half the depth to five sixths of it.
+    """Where donors are compared: every other layer of the span in which stale keys do the harm, half to five sixths."""
+    return range(layers // 2, layers * 5 // 6, 2) if layers > 2 else range(layers)
+
+
+def middle_layers(layers: int) -> range:
+    """Where a first pass sees who is looked at; deeper layers show no more (measured) and cost more.
 
     None in a model of fewer than three layers, where a first pass would be the whole model.
     """
-    return range(layers // 2, layers * 5 // 6, 2) if layers > 2 else range(0)
+    return range(layers * 2 // 5, layers * 2 // 3, 2) if layers > 2 else range(0)
 
 
 def _looked_at_and_uncertain(evidence: Evidence) -> torch.Tensor:
@@ -27,10 +33,11 @@ def _looked_at_and_uncertain(evidence: Evidence) -> torch.Tensor:
 
 CONSENSUS = Strategy(
     "consensus",
-    "ours; KVCOMM (arXiv 2510.12872) for the mean over donors",
+    "ours; KVCOMM (arXiv 2510.12872) for several donors standing in together",
     checks=no_checks,
     score=_looked_at_and_uncertain,
-    donors=2,
-    first_pass=late_layers,
+    donors=4,
+    compared=late_layers,
+    first_pass=middle_layers,
     by_doubt=True,
 )

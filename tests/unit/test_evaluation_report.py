@@ -102,12 +102,17 @@ def test_figures_of_the_summary():
         assert summary[name].keys() >= PROMISED
 
 
-def test_comparison_is_within_a_budget_and_says_when_cells_differ():
-    found = {c["method"]: c for c in figures.assemble(SETTINGS, ROWS)["comparison"]}
-    assert found.keys() == {"epic", "epic@0.25"}
-    assert found["epic"]["against"] == "kvshare" and found["epic"]["equal_cells"]
-    assert found["epic"]["kl_ratio"] == pytest.approx(2) and found["epic"]["kl_ratio_low"] == pytest.approx(2)
-    assert found["epic@0.25"]["against"] == "kvshare@0.25" and not found["epic@0.25"]["equal_cells"]
+def test_ours_is_compared_with_every_published_rule():
+    found = {(c["method"], c["against"]): c for c in figures.assemble(SETTINGS, ROWS)["comparison"]}
+    assert found.keys() == {("default", a) for a in ("epic", "kvshare", "epic@0.25", "kvshare@0.25")}
+    epic, kvshare = found["default", "epic"], found["default", "kvshare"]
+    assert epic["kl_ratio"] == epic["kl_ratio_typical"] == epic["kl_ratio_high"] == pytest.approx(1 / 2)
+    assert epic["no_more_cells"] and epic["time_ratio"] == 1 and epic["cell_difference"] == pytest.approx(0.005)
+    assert kvshare["kl_ratio"] == 1 and kvshare["no_more_cells"]
+    assert found["default", "kvshare@0.25"]["no_more_cells"], "far fewer is no more, too"
+    dear = [{**r, "methods": {**r["methods"], "default": measured(0.01, 1.0, cells=0.4, ttft=1.0)}} for r in ROWS]
+    compared = figures.compare(dear, SETTINGS, figures.summarise(dear))[0]
+    assert not compared["no_more_cells"] and compared["time_ratio"] == 2
 
 
 def test_all_three_files(tmp_path):
@@ -116,7 +121,7 @@ def test_all_three_files(tmp_path):
     assert data.keys() == {"settings", "summary", "comparison", "by_task", "by_donor_kind", "cases"}
     assert data["by_task"]["fact"]["full"]["cases"] == 2 and len(data["cases"]) == 3
     text = (tmp_path / "report.md").read_text()
-    assert "| kvshare@0.25 " in text and " no |" in text and "default" in said
+    assert "| kvshare@0.25 " in text and " yes |" in text and "default" in said
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part"))
 

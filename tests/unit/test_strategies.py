@@ -140,6 +140,7 @@ def test_consensus_wants_tokens_looked_at_and_uncertain():
 
 @pytest.mark.parametrize("layers", [3, 4, 6, 30, 80])
 def test_the_first_pass_stops_before_the_last_layers(layers):
-    looked_at = get("consensus").first_pass(layers)
-    assert looked_at and looked_at[0] == layers // 2 and looked_at[-1] < looked_at.stop < layers
-    assert get("consensus").first_pass(2).stop == 0
+    looked_at, compared = get("consensus").first_pass(layers), get("consensus").compared(layers)
+    assert looked_at and looked_at.start >= layers // 3 and looked_at[-1] < looked_at.stop < layers
+    assert compared and compared[0] == layers // 2 and compared[-1] < layers
+    assert get("consensus").first_pass(2).stop == 0 and list(get("consensus").compared(2)) == [0, 1]

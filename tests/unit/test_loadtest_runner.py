@@ -1,0 +1,213 @@
+"""The runner and the comparison against a server that only counts: what is sent, when, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from kvshare_sched.errors import SetupError
+from kvshare_sched.loadtest import compare, report, run
+from kvshare_sched.loadtest.runner import Player, read_rows
+from kvshare_sched.loadtest.statistics import Slo
+from kvshare_sched.loadtest.traces import Request, Trace
+
+LONGEST = 2500  # tokens the server takes
+SLO = Slo(5.0, 0.5)
+
+
+class Fake(ThreadingHTTPServer):
+    """Speaks as much of SGLang as the load test needs; a word is a token, its id the word's length."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.asked: list[dict] = []
+        self.flushed = 0
+        self.running = self.most = 0
+        self.lock = threading.Lock()
+        self.together: threading.Barrier | None = None  # answers nobody before that many are there
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def _json(self, value, status=200):
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        models = {"data": [{"id": "fake"}]}
+        self._json(models if self.path == "/v1/models" else {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+        if self.path == "/tokenize":
+            return self._json({"tokens": [[len(word) for word in text.split()] for text in body["prompt"]]})
+        if self.path == "/flush_cache":
+            self.server.flushed += 1
+            return self._json({})
+        with self.server.lock:
+            self.server.asked.append(body)
+            self.server.running += 1
+            self.server.most = max(self.server.most, self.server.running)
+        try:
+            if len(body["input_ids"]) > LONGEST:
+                return self._json({"error": "too long"}, 400)
+            if self.server.together is not None:
+                self.server.together.wait(timeout=20)
+            self._stream(body)
+        finally:
+            with self.server.lock:
+                self.server.running -= 1
+
+    def _stream(self, body):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        count = body["sampling_params"]["max_new_tokens"]
+        for done in range(1, count + 1):
+            meta = {
+                "prompt_tokens": len(body["input_ids"]),
+                "cached_tokens": 3,
+                "finish_reason": {"type": "length"} if done == count else None,
+            }
+            self._chunk(
+                "data: " + json.dumps({"output_ids": [1000 + i for i in range(done)], "meta_info": meta}) + "\n\n"
+            )
+            time.sleep(0.002)
+        self._chunk("data: [DONE]\n\n")
+        self._chunk("")
+
+    def _chunk(self, text):
+        self.wfile.write(f"{len(text):x}\r\n{text}\r\n".encode())
+
+
+@pytest.fixture
+def fake():
+    server = Fake()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def request(number: int, at_s: float = 0.0, step: int = 0, blocks=(("prose/0", 30),), new_tokens: int = 3) -> Request:
+    return Request(at_s, "team", str(number), step, tuple(blocks), new_tokens)
+
+
+def test_rows_tell_what_was_sent_and_what_came_back(fake):
+    blocks = (("text/one two", 0), ("text/three four", 5))
+    (row,) = Player(fake.url).play([request(0, 0.05, blocks=blocks, new_tokens=4)], "t")
+    (asked,) = fake.asked
+    assert asked["input_ids"] == [3, 3, 5, 4, 5, 4, 5], "cut or repeated to the wanted length"
+    assert asked["extra_key"] == "team" and asked["stream"] and "priority" not in asked
+    assert asked["sampling_params"] == {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    assert row["due_s"] == 0.05 < row["token_s"][0] and len(row["token_s"]) == 4
+    assert row["output_ids"] == [1000, 1001, 1002, 1003]
+    assert (row["prompt_tokens"], row["exact"], row["reused"], row["fresh"]) == (7, 3, 0, 4)
+
+
+def test_nobody_waits_for_another_answer(fake):
+    fake.together = threading.Barrier(12)  # a closed loop of fewer would never be answered
+    rows = Player(fake.url).play([request(i, i * 0.01) for i in range(12)], "t")
+    assert all("error" not in r for r in rows)
+    assert [r["due_s"] for r in rows] == pytest.approx([i * 0.01 for i in range(12)])
+
+
+def test_sockets_are_bounded_and_waiting_for_one_counts(fake):
+    rows = Player(fake.url, sockets=2).play([request(i) for i in range(10)], "t")
+    assert fake.most <= 2 and len(fake.asked) == 10
+    assert all(r["due_s"] == 0 for r in rows), "counted from when it was due, not from when a socket was free"
+
+
+def test_a_step_waits_for_the_answer_it_holds(fake):
+    second = request(0, step=1, blocks=(("answer/0", 0), ("text/and now", 0)))
+    first = request(0, new_tokens=5)
+    rows = Player(fake.url).play([second, first], "t")
+    assert fake.asked[1]["input_ids"] == [1000, 1001, 1002, 1003, 1004, 3, 3]
+    assert rows[0]["due_s"] >= rows[1]["token_s"][-1], "due when the answer is there"
+
+
+def test_answers_are_known_in_a_later_part(fake):
+    player = Player(fake.url)
+    player.play([request(0)], "t")
+    (row,) = player.play([request(0, step=1, blocks=(("answer/0", 0),))], "t")
+    assert row["prompt_tokens"] == 3
+
+
+def test_a_refused_request_is_a_row_and_hurts_nobody_else(fake):
+    long = request(0, blocks=(("words/1", LONGEST + 1),))
+    after = request(0, step=1, blocks=(("answer/0", 0),))
+    rows = Player(fake.url).play([long, after, request(1)], "t")
+    assert "400" in rows[0]["error"] and "too long" in rows[0]["error"]
+    assert "step 0" in rows[1]["error"] and "error" not in rows[2]
+    assert len(fake.asked) == 2
+
+
+def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_QUIET_S", 0.0)
+    trace = Trace("small", tuple(request(i, float(i)) for i in range(40)), warm_up=3)
+    settings = {"model": "m", "machine": "here", "loads": [1.0, 4.0], "seconds": 0.01}
+    settings |= {"setups": {"a": {"arguments": []}, "b": {"arguments": []}}}
+    settings |= {"rough_capacity_rps": {}, "capacity_rps": {}, "quality": {}}
+    compare._prepare(tmp_path, settings, 8, SLO)
+    for name in ("a", "b"):
+        compare._flush(fake.url)
+        compare._points(Player(fake.url), compare.Setup(name, (), {}, False), trace, settings, 0, tmp_path)
+        compare._save(tmp_path, settings)
+    assert fake.flushed == 2
+    runs = {path.stem: read_rows(path) for path in (tmp_path / "raw").glob("*.jsonl")}
+    assert set(runs) == {"a-small-1-0", "a-small-4-0", "b-small-1-0", "b-small-4-0"}
+    measured = [{r["session"] for r in rows} for _, rows in runs.values()]
+    assert all(len(sessions) == 8 for sessions in measured)
+    assert not {"0", "1", "2"} & set.union(*measured), "the warm-up does not count"
+    for load in ("1", "4"):
+        due = [[r["due_s"] for r in runs[f"{n}-small-{load}-0"][1]] for n in ("a", "b")]
+        assert due[0] == due[1], "both are offered the same"
+    span = {n: max(r["due_s"] for r in runs[n][1]) for n in runs}
+    capacity, rough = settings["capacity_rps"]["small"], settings["rough_capacity_rps"]["small"]
+    assert span["a-small-1-0"] == pytest.approx(7 / capacity) and span["a-small-4-0"] == pytest.approx(7 / rough / 4)
+    report.write_all(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["summary"]["small"]["reused_share"] == 0
+
+
+ASKED = {"setups": [], "names": ["rag"], "requests": 20, "arrivals": "bursty", "rate": 400.0, "loads": [], "seconds": 1}
+ASKED |= {"repeats": 1, "sockets": 4, "slo": SLO, "model_path": None}
+
+
+def test_a_server_by_url(fake, tmp_path):
+    assert run.run(url=fake.url + "/", out=str(tmp_path), server_arguments=[], **ASKED) == 0
+    (found,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert (
+        found["requests"] == 20 and found["setup"] == "server" and found["offered_rps"] == pytest.approx(400, rel=0.1)
+    )
+
+
+def test_no_server_is_one_readable_line(tmp_path):
+    with pytest.raises(SetupError, match="no SGLang server answers"):
+        run.run(url="http://127.0.0.1:9", out=str(tmp_path), server_arguments=[], **ASKED)
+
+
+def test_setups_differ_where_they_should():
+    common = ["--model-path", "m", "--max-total-tokens", "1"]
+    stock, ours, other = (compare.setup(n, common) for n in ("stock", "kvshare", "kvshare+fcfs"))
+    assert "--radix-cache-backend" not in stock.arguments and stock.arguments[-2:] == ("--schedule-policy", "lpm")
+    assert stock.environment["SGLANG_PLUGINS"] in ("kvshare_cpu", "__none__") and not ours.environment
+    assert "--schedule-policy" not in ours.arguments and other.arguments[-2:] == ("--schedule-policy", "fcfs")
+    assert set(stock.arguments) - {"--schedule-policy", "lpm"} == set(ours.arguments) - {
+        "--radix-cache-backend",
+        "kvshare",
+    }

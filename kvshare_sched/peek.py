@@ -30,7 +30,8 @@ class Prompt:
     prompt: int  # tokens
     key: object  # the tree's key of everything but the last token; `token_ids` holds all, int64
     reusable: bool  # not opted out
-    prints: list[int] = field(default_factory=list)
+    prints: list[int] = field(default_factory=list)  # as the index has them
+    texts: list[int] = field(default_factory=list)  # the same, with names of this namespace's own
     positions: list[int] = field(default_factory=list)
     exact: int = 0
     known: list[bool] = field(default_factory=list)
@@ -68,6 +69,8 @@ class Peek:
             left -= prompt.prompt
             tokens = np.frombuffer(prompt.key.token_ids, np.int64)
             prompt.prints, prompt.positions = self._pipeline.index.fingerprints(tokens, _THINNING)
+            mark = hash(prompt.namespace)  # who has the same text elsewhere must not make anybody wait here
+            prompt.texts = [fingerprint ^ mark for fingerprint in prompt.prints]
             self._prompts[rid] = prompt
             yield rid, self._look(prompt)
         generation = self._generation()
@@ -86,9 +89,9 @@ class Peek:
                     break
 
     def missing(self, prompt: Prompt, until: int) -> list[int]:
-        """Fingerprints before position `until` that no donor has yet."""
+        """Texts before position `until` that no donor has yet."""
         known = self._pipeline.index.known(prompt.namespace, prompt.prints)
-        places = zip(prompt.prints, prompt.positions, known, strict=True)
+        places = zip(prompt.texts, prompt.positions, known, strict=True)
         return [text for text, at, there in places if at < until and not there]
 
     def _generation(self) -> object:
@@ -110,4 +113,4 @@ class Peek:
             copy=self.copy_price,
             least=config.min_suffix,
         )
-        return estimate(prompt.prompt, exact, prompt.prints, prompt.positions, known, prices)
+        return estimate(prompt.prompt, exact, prompt.texts, prompt.positions, known, prices)

@@ -1,7 +1,8 @@
 """Several requests over one uncached text: the first computes it, the others wait and then reuse it. No side effects
 outside this object.
 
-A text is anything hashable that stands for some tokens: a fingerprint in the server, a block's name in the simulator.
+A text is anything hashable that stands for some tokens of one namespace: a marked fingerprint in the server, a block's
+name in the simulator.
 """
 
 from __future__ import annotations

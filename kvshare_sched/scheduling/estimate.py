@@ -32,10 +32,10 @@ class Estimate:
 
 
 def estimate(
-    prompt: int, exact: int, prints: Sequence[int], positions: Sequence[int], known: Sequence[bool], prices: Prices
+    prompt: int, exact: int, texts: Sequence[int], positions: Sequence[int], known: Sequence[bool], prices: Prices
 ) -> Estimate:
-    """prints, positions, known: of each fingerprint of the prompt, ascending; known: some donor has it."""
-    rest = [(text, there) for text, at, there in zip(prints, positions, known, strict=True) if at >= exact]
+    """texts, positions, known: of each fingerprint of the prompt, ascending; known: some donor has it."""
+    rest = [(text, there) for text, at, there in zip(texts, positions, known, strict=True) if at >= exact]
     missing = [text for text, there in rest if not there]
     tokens = (prompt - exact) // max(1, len(rest))
     reused = 0

@@ -148,38 +148,27 @@ def sequence(
     """
     started: list[int] = []
     kept = 0
-    later: dict[str, list[int]] = defaultdict(list)  # places in `ranked` of accounts in debt
-
-    def take(row: int) -> None:
-        nonlocal kept
-        if held(row):
-            kept += 1
-        else:
-            started.append(row)
-            credit[accounts[row]] -= max(1.0, work(row))
-
-    for place, row in enumerate(ranked):
-        account = accounts[row]
-        if credit[account] <= 0:
-            later[account].append(place)
-            continue
-        take(row)
-        if len(started) >= limit:
-            return started, kept
-    for places in later.values():
-        places.reverse()
-    while later and len(started) < limit:
-        rounds = min(rounds_owed(credit[a], grant(a)) for a in later)
-        for account in later:
-            credit[account] += rounds * grant(account)
-        ready = [(places[-1], a) for a, places in later.items() if credit[a] > 0]
+    left: dict[str, list[int]] = defaultdict(list)  # places in `ranked` of each account, best last
+    for place in range(len(ranked) - 1, -1, -1):
+        left[accounts[ranked[place]]].append(place)
+    while left and len(started) < limit:
+        rounds = min(rounds_owed(credit[a], grant(a)) for a in left)
+        if rounds:
+            for account in left:
+                credit[account] += min(rounds, rounds_owed(credit[account], grant(account))) * grant(account)
+        ready = [(places[-1], a) for a, places in left.items() if credit[a] > 0]
         heapq.heapify(ready)
         while ready and len(started) < limit:
-            _, account = heapq.heappop(ready)
-            places = later[account]
-            take(ranked[places.pop()])
+            place, account = heapq.heappop(ready)
+            row, places = ranked[place], left[account]
+            places.pop()
+            if held(row):
+                kept += 1
+            else:
+                started.append(row)
+                credit[account] -= max(1.0, work(row))
             if not places:
-                del later[account]
+                del left[account]
             elif credit[account] > 0:
                 heapq.heappush(ready, (places[-1], account))
     return started, kept

@@ -147,6 +147,12 @@ def test_the_second_request_over_one_text_waits_until_the_first_has_published():
     assert world.go() == ["second"]
 
 
+def test_nobody_waits_for_a_text_that_somebody_else_computes_in_another_namespace():
+    world = World(quantum=100_000)
+    world.waiting = [Req("mine", DOC, "mine"), Req("theirs", DOC, "theirs"), Req("cheaper", 599, "theirs")]
+    assert world.go() == ["cheaper", "mine", "theirs"], "nor does a price drop because others want the text"
+
+
 def test_nobody_waits_for_ever_for_a_text_that_never_comes():
     world = World(duplicate_wait=3)
     world.waiting = [Req("first", DOC), Req("second", DOC)]

@@ -93,8 +93,8 @@ def test_missing_text_is_what_no_donor_has_before_a_position(world):
     waiting = prompt("r", np.concatenate((text(1), text(2))))
     world.peek.add(waiting)
     list(world.peek.updates())
-    assert world.peek.missing(waiting, 1200) == waiting.prints
+    assert world.peek.missing(waiting, 1200) == waiting.texts
     world.pipeline.publish("donor", HERE, text(1))
     left = world.peek.missing(waiting, 1200)
-    assert 0 < len(left) < len(waiting.prints) and left == waiting.prints[-len(left) :]
+    assert 0 < len(left) < len(waiting.texts) and left == waiting.texts[-len(left) :]
     assert world.peek.missing(waiting, 500) == []

@@ -1,6 +1,9 @@
-"""What ordering the waiting queue costs: a pass over 100 to 10,000 requests, changed and unchanged; milliseconds.
+"""What ordering the waiting queue costs: a pass over 100 to 10,000 requests; milliseconds.
 
     python scripts/bench_order.py [--out benchmarks/order.json]
+
+Kinds of pass: all of them have come at once; they are looked at, a bounded number in each pass; a few leave and come, a
+new donor is there and the engine has worked; nothing has happened.
 
 The server's own path: SGLang's list is mirrored, some requests are looked up in the index, the order is made and
 written back. Stand-ins for SGLang's requests, the real index with 400 donors of 3,200 tokens.
@@ -70,21 +73,22 @@ def timed(queue: ServerQueue, waiting: list) -> float:
 
 
 def measure(size: int) -> dict:
-    """Median and worst of three kinds of pass, ms."""
+    """Median and worst of each kind of pass, ms."""
     rng = np.random.default_rng(0)
     queue, pipeline, documents = world(rng)
     waiting = [request(n, rng, documents) for n in range(size)]
-    first = [timed(queue, waiting) for _ in range(2 + size // 20)]  # all are looked at
+    flood = [timed(queue, waiting)]
+    looking = [timed(queue, waiting) for _ in range(2 + size // 20)]
     unchanged = [timed(queue, waiting) for _ in range(PASSES)]
     changed = []
-    for number in range(PASSES):  # four leave, four come, a new donor makes every estimate stale, the engine worked
+    for number in range(PASSES):  # the donor makes every estimate stale
         del waiting[:4]
         waiting += [request(size + 4 * number + n, rng, documents) for n in range(4)]
         pipeline.publish(f"new{number}", Namespace("t0"), np.concatenate(documents[number : number + 8]))
         queue.queue.clock += 4000
         changed.append(timed(queue, waiting))
     assert queue.failures == 0
-    kinds = {"arriving": first, "changed": changed, "unchanged": unchanged}
+    kinds = {"flood": flood, "looking": looking, "changed": changed, "unchanged": unchanged}
     return {name: {"median": statistics.median(t), "worst": max(t)} for name, t in kinds.items()}
 
 

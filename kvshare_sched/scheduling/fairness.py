@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 OUTPUT_PRICE = 2.0  # tokens of prefill charged for a generated token (the price of VTC, arXiv 2401.00588)
 OVERFLOW = "(others)"  # the account that unknown tenants beyond the cap share
@@ -43,6 +43,8 @@ class Accounts:
         self.weights = dict(weights or {})
         self.unknown = unknown
         self.deficits: dict[str, float] = {}
+        self.numbers: dict[str, int] = {}  # of accounts, small; that of a dropped one is given again
+        self._free: list[int] = []
         self.served: Counter[str] = Counter()  # charged so far, what was given back taken off
         self.refills = 0  # rounds
         self._waiting: Counter[str] = Counter()
@@ -112,17 +114,21 @@ class Accounts:
         if not known and self._own >= self.unknown:
             self._drop_one()
             if self._own >= self.unknown:
-                self.deficits.setdefault(OVERFLOW, self.grant(OVERFLOW))
-                return OVERFLOW
+                return OVERFLOW if OVERFLOW in self.deficits else self._open_account(OVERFLOW)
         self._own += not known
-        self.deficits[tenant] = self.grant(tenant)
-        return tenant
+        return self._open_account(tenant)
+
+    def _open_account(self, account: str) -> str:
+        self.deficits[account] = self.grant(account)
+        self.numbers[account] = self._free.pop() if self._free else len(self.numbers)
+        return account
 
     def _drop_one(self) -> None:
         for account in list(self._left)[:_PEEK]:
             own = account not in self.weights and account != OVERFLOW
             if own and not self._open[account] and self.refills - self._left[account] >= max(1, self._rounds(account)):
                 del self.deficits[account], self._left[account], self._open[account], self.served[account]
+                self._free.append(self.numbers.pop(account))
                 self._own -= 1
                 return
 
@@ -133,42 +139,37 @@ def rounds_owed(deficit: float, grant: float) -> int:
 
 
 def sequence(
-    ranked: Sequence[int],
-    accounts: Sequence[str],
+    places: dict[str, list[int]],
     work: Callable[[int], float],
     credit: dict[str, float],
     grant: Callable[[str], float],
     limit: int,
     held: Callable[[int], bool],
 ) -> tuple[list[int], int]:
-    """(rows in the order deficit round robin starts them, `limit` at most; how many rows are held back).
+    """(places in the order deficit round robin starts them, `limit` at most; how many are held back).
 
-    ranked: rows by key, best first. accounts: of each row. credit: deficit of each account, spent on the way.
-    work, held: asked once, in order, for every row that would be next.
+    places: of each account in a common order by key, best last; used up. credit: deficit of each account, spent on the
+    way. work, held: asked once, in order, for every place that would be next.
     """
     started: list[int] = []
     kept = 0
-    left: dict[str, list[int]] = defaultdict(list)  # places in `ranked` of each account, best last
-    for place in range(len(ranked) - 1, -1, -1):
-        left[accounts[ranked[place]]].append(place)
-    while left and len(started) < limit:
-        rounds = min(rounds_owed(credit[a], grant(a)) for a in left)
-        if rounds:
-            for account in left:
-                credit[account] += min(rounds, rounds_owed(credit[account], grant(account))) * grant(account)
-        ready = [(places[-1], a) for a, places in left.items() if credit[a] > 0]
+    while places and len(started) < limit:
+        rounds = min(rounds_owed(credit[account], grant(account)) for account in places)
+        for account in places:
+            credit[account] += rounds * grant(account)  # nobody is above zero, or there are no rounds
+        ready = [(left[-1], account) for account, left in places.items() if credit[account] > 0]
         heapq.heapify(ready)
         while ready and len(started) < limit:
             place, account = heapq.heappop(ready)
-            row, places = ranked[place], left[account]
-            places.pop()
-            if held(row):
+            left = places[account]
+            left.pop()
+            if held(place):
                 kept += 1
             else:
-                started.append(row)
-                credit[account] -= max(1.0, work(row))
-            if not places:
-                del left[account]
+                started.append(place)
+                credit[account] -= max(1.0, work(place))
+            if not left:
+                del places[account]
             elif credit[account] > 0:
-                heapq.heappush(ready, (places[-1], account))
+                heapq.heappush(ready, (left[-1], account))
     return started, kept

@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     reused: np.ndarray
     prompt: np.ndarray
     shared: np.ndarray  # part of `work` that other waiting requests would be spared, see `duplicates.Wanted`
+    account: np.ndarray  # its number
 
 
 HEAD_START = 1.0  # tokens that everybody has waited on arrival

@@ -94,13 +94,15 @@ class Queue:
             self._data = np.concatenate((self._data, np.zeros_like(self._data)), axis=1)
             self.items = np.concatenate((self.items, np.empty(row, object)))
         w = waiting
-        self._data[:, row] = (w.tier, w.arrival, w.since, w.work, w.exact, w.reused, w.prompt, 0)
+        account = self.accounts.enter(w.tenant)
+        number = self.accounts.numbers[account]
+        self._data[:, row] = (w.tier, w.arrival, w.since, w.work, w.exact, w.reused, w.prompt, 0, number)
         self._wanted.add(texts)
         self._row[waiting.rid] = row
         self.items[row] = item
         self.rids.append(waiting.rid)
         self._waiting.append(waiting)
-        self._accounts.append(self.accounts.enter(waiting.tenant))
+        self._accounts.append(account)
         self._texts.append(texts)
         self._order = None
 
@@ -225,23 +227,29 @@ class Queue:
         for number, group in enumerate(_groups(places, rows, room)):
             if len(ready) >= LIMIT:
                 break
+            work, row_of = rows.work[group].tolist(), group.tolist()
             started, kept = sequence(
-                group.tolist(),
-                self._accounts,
-                lambda row: float(rows.work[row]),
+                self._by_account(rows.account[group], row_of),
+                work.__getitem__,
                 credit,
                 self.accounts.grant,
                 LIMIT - len(ready),
-                lambda row: self.duplicates.holds(self.rids[row], self._texts[row], float(rows.work[row])),
+                lambda at: self.duplicates.holds(self.rids[row_of[at]], self._texts[row_of[at]], work[at]),  # noqa: B023
             )
-            ready += started
+            ready += (row_of[at] for at in started)
             held += kept
-            self._may |= {self.rids[row]: (number, self._accounts[row]) for row in started}
+            self._may |= {self.rids[row_of[at]]: (number, self._accounts[row_of[at]]) for at in started}
         self._left = Counter(self._may.values())
         others = np.ones(len(places), bool)
         others[ready] = False
         ordered = np.concatenate((np.array(ready, np.int64), places[others[places]]))
         return Order(tuple(self._may), ordered, held)
+
+    def _by_account(self, numbers: np.ndarray, row_of: list[int]) -> dict[str, list[int]]:
+        """Places of each account, best last."""
+        places = np.argsort(numbers, kind="stable")
+        edges = np.flatnonzero(np.diff(numbers[places])) + 1
+        return {self._accounts[row_of[part[0]]]: part[::-1].tolist() for part in np.split(places, edges)}
 
     def chunk(self, left: float, budget: int, page: int = 1) -> int:
         """Tokens the next piece of a long prompt may have when `left` of it are to do, so that others run beside it.

@@ -94,9 +94,14 @@ def test_the_bound_counts_what_may_be_charged_after_the_deficit_is_gone():
     assert service_gap(max_work=1000, max_output=50, quantum=400) == 2 * (1000 + 2 * 50 + 400)
 
 
+def by(tenants) -> dict[str, list[int]]:
+    """Places of each, best last."""
+    return {name: [p for p, t in enumerate(tenants) if t == name][::-1] for name in tenants}
+
+
 class TestSequence:
     def run(self, work, tenants, credit, limit=99, held=lambda row: False, quantum=100.0):
-        return sequence(range(len(work)), tenants, work.__getitem__, dict(credit), lambda account: quantum, limit, held)
+        return sequence(by(tenants), work.__getitem__, dict(credit), lambda account: quantum, limit, held)
 
     def test_a_tenant_in_debt_comes_after_all_that_others_may_still_start(self):
         started, kept = self.run([50, 50, 50, 50], ["a", "a", "b", "b"], {"a": -1, "b": 100})
@@ -117,5 +122,5 @@ class TestSequence:
     def test_heavier_tenants_start_more(self):
         grants = {"a": 100.0, "b": 300.0}
         rows = [name for name in "ab" for _ in range(80)]
-        started, _ = sequence(range(160), rows, lambda row: 50.0, dict(grants), grants.get, 80, lambda row: False)
+        started, _ = sequence(by(rows), lambda row: 50.0, dict(grants), grants.get, 80, lambda row: False)
         assert sum(rows[r] == "b" for r in started) == pytest.approx(60, abs=3)

@@ -76,13 +76,6 @@ class KVShareConfig:
     unknown_tenants: int = _setting(
         256, "accounts", "tenants without a weight that are told apart at a time; the rest share one account", low=1
     )
-    pass_overhead: float = _setting(
-        0.1,
-        "share",
-        "fixed cost of a prefill pass that is worth a shorter wait; 0: as large as fits",
-        low=0.0,
-        high=1.0,
-    )
     pool_keep: float = _setting(
         0.3,
         "share of the KV pool",

@@ -24,10 +24,6 @@ class CostModel:
     layers: int
     pass_rows: float = 0.0  # fixed cost of a forward pass, in rows of ordinary prefill
 
-    def pass_tokens(self, overhead: float) -> float:
-        """Tokens of work at which the fixed cost is that share of a pass; 0 where either is not known."""
-        return self.pass_rows / overhead if overhead else 0.0
-
     def saving_s(self, plan: ReusePlan, cells: int) -> float:
         """Seconds a plan that computes `cells` cells is expected to save; negative when it costs."""
         ordinary = (plan.prompt_len - plan.exact_len) * self.layers

@@ -42,7 +42,7 @@ class ServerQueue:
             self._policy,
             accounts,
             config.duplicate_wait if config.mode == "on" else 0,
-            self._pipeline.costs.pass_tokens(config.pass_overhead),
+            self._pipeline.costs.pass_rows,
             config.pool_keep,
         )
         self._peek = Peek(self._pipeline)

@@ -6,7 +6,7 @@ weight x quantum to everyone who waits and is not. Nobody ever holds more than o
 nothing; a new tenant starts with one, so it is served in the first pass.
 
 Bound: two tenants that both always have a request that may run differ in service / weight by at most
-`service_gap(...)`, because each refill reaches both and each deficit lies between -U and one quantum.
+`service_gap(...)`, because each refill reaches both and each deficit lies between -U and weight x quantum.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ OVERFLOW = "(others)"  # the account that unknown tenants beyond the cap share
 _PEEK = 8  # idle accounts looked at when a new tenant needs room
 
 
-def service_gap(max_work: float, max_output: float, quantum: float) -> float:
-    """Largest difference in service / weight of two backlogged tenants, tokens; weights of at least 1.
+def service_gap(max_work: float, max_output: float, quantum: float, least_weight: float = 1.0) -> float:
+    """Largest difference in service / weight of two backlogged tenants, tokens.
 
     max_work: largest charge of one prompt. max_output: most output tokens that one tenant's running requests may
     still make. Together they are U: what a tenant may be charged after its deficit has reached zero.
+    least_weight: the smaller of the two tenants' weights.
     """
-    return 2 * (max_work + OUTPUT_PRICE * max_output + quantum)
+    return 2 * ((max_work + OUTPUT_PRICE * max_output) / least_weight + quantum)
 
 
 class Accounts:

@@ -23,6 +23,7 @@ _STEP = 256.0  # tokens of service after which waiting times are looked at again
 _FIELDS = len(Rows._fields)
 _WORK, _EXACT, _REUSED, _SHARED = map(Rows._fields.index, ("work", "exact", "reused", "shared"))
 _PRICED = 32  # requests in each sort whose part of a common text is looked at again
+_BEHIND = 4  # whom a pass delays for each of those who wait: them, and those yet to come (simulated, decision 016)
 _NOTHING = Texts()
 
 
@@ -45,10 +46,10 @@ class _Running:
 class Queue:
     """Waiting and running requests of one engine under one policy (a key of `order.KEYS`)."""
 
-    def __init__(self, policy: str, accounts: Accounts, duplicate_wait: int, pass_tokens: float = 0, keep: float = 0):
+    def __init__(self, policy: str, accounts: Accounts, duplicate_wait: int, pass_fixed: float = 0, keep: float = 0):
         self.policy = policy
         self.keep = keep if policy == "fair" else 0.0  # share of the pool for cached text, see `has_room`
-        self.pass_tokens = pass_tokens  # a pass that costs so many starts nobody else; 0: as many as fit
+        self.pass_fixed = pass_fixed  # cost of a pass whatever is in it, tokens; 0: not known, passes are filled
         self.accounts = accounts
         self.duplicates = Duplicates(duplicate_wait if policy == "fair" else 0)
         self._wanted = Wanted()
@@ -67,7 +68,7 @@ class Queue:
         self._ordered_at = (0.0, 0.0)  # clock, room
         self._may: dict[str, tuple[int, str]] = {}  # (group, account) of the requests that may start in this pass
         self._left: Counter[tuple[int, str]] = Counter()  # how many of them have not
-        self._spent = 0.0  # tokens that were started in this pass
+        self._started = 0  # in this pass
         self.hit_share = 0.0  # of the prompts that started lately, weighted by their length
 
     def __len__(self) -> int:
@@ -128,7 +129,7 @@ class Queue:
         self.running[rid] = _Running(waiting, account)
         self.duplicates.computing(rid, computing)
         self.charge(rid, work)
-        self._spent += work
+        self._started += 1
 
     def charge(self, rid: str, work: float) -> None:
         """A running request computed `work` more tokens of its prompt."""
@@ -193,7 +194,7 @@ class Queue:
         room: with a long prompt half done, the tokens left beside its next chunk; what does not fit comes last. 0: no
         such prompt.
         """
-        self._spent = 0.0
+        self._started = 0
         if (
             self._order is not None
             and room == self._ordered_at[1]
@@ -279,7 +280,7 @@ class Queue:
         """
         if self.policy != "fair":
             return True
-        if rid not in self._may or (self.pass_tokens and self._spent >= self.pass_tokens):
+        if rid not in self._may or self._full(rid):
             return False
         group, account = self._may[rid]
         others = (a for (g, a), left in self._left.items() if left and g == group)
@@ -287,6 +288,14 @@ class Queue:
             return True
         self._order = None  # somebody else's turn
         return False
+
+    def _full(self, rid: str) -> bool:
+        """Whether this request had better start in the next pass.
+
+        A pass answers all its requests at its end, so those who started would wait for this one's work; another pass
+        makes everybody who waits, and comes before the queue is empty, wait for its fixed part.
+        """
+        return 0 < self.pass_fixed * _BEHIND * len(self.rids) < self._started * self.work(rid)
 
 
 def _groups(places: np.ndarray, rows: Rows, room: float) -> Iterator[np.ndarray]:

@@ -60,8 +60,7 @@ def _spread(x: np.ndarray) -> dict[str, float]:
 def queue_of(policy: str, config: KVShareConfig, profile: profiles.Profile) -> Queue:
     """A queue as the server would make it."""
     accounts = Accounts(config.quantum, config.weights, config.unknown_tenants)
-    tokens = profile.pass_s / profile.row_s / config.pass_overhead if config.pass_overhead else 0.0
-    return Queue(policy, accounts, config.duplicate_wait, tokens, config.pool_keep)
+    return Queue(policy, accounts, config.duplicate_wait, profile.pass_s / profile.row_s, config.pool_keep)
 
 
 def run(options) -> int:

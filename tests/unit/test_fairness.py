@@ -92,6 +92,7 @@ def test_an_account_is_free_again_when_its_tenant_is_gone_and_its_debt_would_be_
 
 def test_the_bound_counts_what_may_be_charged_after_the_deficit_is_gone():
     assert service_gap(max_work=1000, max_output=50, quantum=400) == 2 * (1000 + 2 * 50 + 400)
+    assert service_gap(1000, 50, 400, least_weight=0.5) == 2 * (2 * 1100 + 400)
 
 
 def by(tenants) -> dict[str, list[int]]:

@@ -37,8 +37,7 @@ def ask(at_s, *blocks, tenant="t", session=None, step=0, new=1, **more) -> Reque
 
 
 def engine(policy="fcfs", profile=PROFILE, **settings) -> Engine:
-    config = KVShareConfig(**({"pass_overhead": 0.0} | settings))
-    return Engine(profile, report.queue_of(policy, config, profile))
+    return Engine(profile, report.queue_of(policy, KVShareConfig(**settings), profile))
 
 
 def ttft(done) -> list[float]:
@@ -147,7 +146,7 @@ def test_a_quote_of_an_answer_that_never_comes_is_an_error_and_no_endless_loop()
 @pytest.mark.parametrize("policy", KEYS)
 def test_everybody_is_answered_once_in_order_of_time_and_two_runs_are_alike(policy):
     def run():
-        return list(engine(policy, quantum=500, pass_overhead=0.1).run(traffic.library(400, 7, rate=3.0, documents=20)))
+        return list(engine(policy, quantum=500).run(traffic.library(400, 7, rate=3.0, documents=20)))
 
     done = run()
     assert len(done) == 400 and done == run()

@@ -6,7 +6,7 @@ import bisect
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,32 +37,36 @@ class Request:
 
 
 def read(path: str | Path, rate: float = 1.0) -> Iterator[Request]:
-    """Requests of a trace in order of time, `rate` times as fast. Raises ConfigError for what is no trace.
-
-    `answer/<step>` stands for the answer of an earlier step of the session; 0 tokens for all of a block's text.
-    """
+    """Requests of a trace in order of time, `rate` times as fast. Raises ConfigError for what is no trace."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [row for line in lines if line.strip() and "blocks" in (row := json.loads(line))]
-        made = {(row["session"], row["step"]): int(row["new_tokens"]) for row in rows}
-        for row in sorted(rows, key=lambda row: row["at_s"]):
-            session, steps = str(row["session"]), []
-            blocks = []
-            for name, tokens in row["blocks"]:
-                kind, _, rest = name.partition("/")
-                if kind == "answer":
-                    steps.append(int(rest))
-                    name, tokens = f"{session}:{name}", tokens or made[row["session"], int(rest)]
-                size = max(1, round(_WORD_TOKENS * len(rest.split()))) if kind == "text" else _SHORT
-                blocks.append((name, int(tokens) or size))
-            yield Request(
-                *(row["at_s"] / rate, str(row["tenant"]), session, int(row["step"]), tuple(blocks)),
-                *(int(row["new_tokens"]), int(row.get("priority", 0)), tuple(steps)),
-            )
+        yield from of_trace([row for line in lines if line.strip() and "blocks" in (row := json.loads(line))], rate)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
         raise ConfigError(
             f"trace {path} cannot be read ({type(problem).__name__}: {problem}); expected a trace of `kvshare bench`."
         ) from None
+
+
+def of_trace(rows: Sequence[Mapping], rate: float = 1.0) -> Iterator[Request]:
+    """Rows of a trace by the names of their fields, `rate` times as fast.
+
+    `answer/<step>` stands for the answer of an earlier step of the session; 0 tokens for all of a block's text.
+    """
+    made = {(row["session"], row["step"]): int(row["new_tokens"]) for row in rows}
+    for row in sorted(rows, key=lambda row: row["at_s"]):
+        session, steps = str(row["session"]), []
+        blocks = []
+        for name, tokens in row["blocks"]:
+            kind, _, rest = name.partition("/")
+            if kind == "answer":
+                steps.append(int(rest))
+                name, tokens = f"{session}:{name}", tokens or made[row["session"], int(rest)]
+            size = max(1, round(_WORD_TOKENS * len(rest.split()))) if kind == "text" else _SHORT
+            blocks.append((name, int(tokens) or size))
+        yield Request(
+            *(row["at_s"] / rate, str(row["tenant"]), session, int(row["step"]), tuple(blocks)),
+            *(int(row["new_tokens"]), int(row.get("priority", 0)), tuple(steps)),
+        )
 
 
 def library(

@@ -22,7 +22,7 @@ _MEMORY = 20_000  # prompt tokens over which the hit share is averaged
 _STEP = 256.0  # tokens of service after which waiting times are looked at again
 _FIELDS = len(Rows._fields)
 _WORK, _EXACT, _REUSED, _SHARED = map(Rows._fields.index, ("work", "exact", "reused", "shared"))
-_PRICED = 32  # requests in each sort whose part of a common text is looked at again
+_PRICED = 128  # requests in each sort whose part of a common text is looked at again
 _BEHIND = 4  # whom a pass delays for each of those who wait: them, and those yet to come (simulated, decision 016)
 _NOTHING = Texts()
 

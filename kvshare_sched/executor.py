@@ -31,6 +31,12 @@ from kvshare_sched.strategies.base import Evidence
 logger = logging.getLogger(__name__)
 
 
+def even_at(layer: torch.nn.Module, attention) -> float:
+    """The position at which a row's attention costs as many operations as its products with the layer's weights."""
+    products = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+    return products / (2 * attention.tp_q_head_num * attention.qk_head_dim)
+
+
 class Executor:
     """Wraps one rank's model; `forward` has the signature of the model's own."""
 
@@ -40,6 +46,7 @@ class Executor:
         self.model = model_runner.model
         self.layers = self.model.model.layers
         self.witness = Witness(model_runner)
+        self.even_at = even_at(self.layers[0], self.witness.attention[0])
         self.assembly = Assembly(pipeline, self.witness, len(self.layers), cos_sin, neox)
         self._ordinary = self.model.forward
         self.repair = DecodeRepair(pipeline, model_runner, self.witness, self._ordinary)
@@ -179,9 +186,9 @@ class Executor:
         candidates = chunk.candidates
         at = torch.from_numpy(candidates - chunk.row)
         alpha = torch.ones(len(at)) if looked is None else looked[at + chunk.start].cpu()
-        evidence = Evidence(
-            at + chunk.start, alpha=alpha, spread=self.witness.over_ranks(spread)[at.to(spread.device)].cpu()
-        )
+        spread = self.witness.over_ranks(spread)[at.to(spread.device)].cpu()
+        work = 1 + (at + chunk.start) / self.even_at
+        evidence = Evidence(at + chunk.start, alpha=alpha, spread=spread, work=work)
         score = chunk.session.strategy.score(evidence)
         keep[candidates] = False
         keep[candidates[top_k(score, chunk.budget(chunk.session.config.ratio)).numpy()]] = True

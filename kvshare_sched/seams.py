@@ -72,6 +72,9 @@ SEAMS = (
         ("forward_batch",),
     ),
     Seam(f"{_SRT}.mem_cache.memory_pool.KVWriteLoc"),
+    Seam(f"{_SRT}.layers.quantization.unquant.UnquantizedLinearMethod.apply", ("layer", "x", "bias")),
+    Seam(f"{_SRT}.layers.quantization.unquant.UnquantizedEmbeddingMethod.apply", ("layer", "x", "bias")),
+    Seam(f"{_SRT}.layers.logits_processor.should_apply_lm_head_quant_method", ("lm_head", "quant_method")),
     # own the cache
     Seam(f"{_SRT}.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),
     Seam(f"{_SRT}.mem_cache.registry.create_unified_radix_cache", ("ctx", "cache_class")),

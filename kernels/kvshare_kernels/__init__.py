@@ -2,6 +2,7 @@
 
 from kvshare_kernels.consensus import Donors, blend, fit, key_spread
 from kvshare_kernels.deviation import attention_column_mass, token_deviation, top_k
+from kvshare_kernels.few_rows import linear
 from kvshare_kernels.kv_copy import copy_rotate, rotation_rows
 from kvshare_kernels.ragged_attention import attend_last, attend_rows, plan_rows
 
@@ -14,6 +15,7 @@ __all__ = [
     "copy_rotate",
     "fit",
     "key_spread",
+    "linear",
     "plan_rows",
     "rotation_rows",
     "token_deviation",

@@ -96,3 +96,9 @@ def token_deviation(fresh, cached):
     """Per-token difference of two [n, G, D] tensors: (L1 norm, squared L2 norm), each float32 [n]."""
     difference = (fresh.float() - cached.float()).flatten(1)
     return difference.abs().sum(dim=1), difference.square().sum(dim=1)
+
+
+def linear(x, weight, bias=None):
+    """x [n, in], weight [out, in], bias [out] or None: [n, out] in x's dtype."""
+    product = torch.einsum("ni,oi->no", x.float(), weight.float())
+    return (product if bias is None else product + bias.float()).to(x.dtype)

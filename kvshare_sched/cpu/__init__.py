@@ -1,4 +1,5 @@
-"""SGLang on a plain CPU: an out-of-tree platform, an attention backend, and torchvision's missing operators.
+"""SGLang on a plain CPU: an out-of-tree platform, an attention backend with fast products of few rows, and
+torchvision's missing operators.
 
 `activate` is the entry point of group `sglang.srt.platforms`. It answers only where no accelerator is
 present and nobody chose SGLang's own CPU engine, so on a GPU machine the platform stays invisible.
@@ -42,6 +43,8 @@ def register_attention() -> None:
 
 
 def _create_attention(model_runner):
+    from kvshare_sched.cpu import products
     from kvshare_sched.cpu.attention import PortableCpuAttention
 
+    products.install(model_runner.model)
     return PortableCpuAttention(model_runner)

@@ -27,9 +27,9 @@ class Evidence:
     v_squared: torch.Tensor | None = None
     v_absolute: torch.Tensor | None = None  # L1 norm of the value deviation
     alpha: torch.Tensor | None = None  # attention received, mean over heads
-    spread: torch.Tensor | None = (
-        None  # how far the donors' keys are apart, relative; with one donor, how far it may be off
-    )
+    # how far the donors' keys are apart, relative; with one donor, how far it may be off
+    spread: torch.Tensor | None = None
+    work: torch.Tensor | None = None  # what the row costs, relative to the prompt's first
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ depend on their context, before the request comes; (2) on every layer the rows c
 closest to this request's context, and the rest of the text follows that mixture (a ridge regression of a few
 unknowns; KVCOMM, arXiv 2510.12872, blends by likeness of the prompts instead); (3) where a text has one donor there is
 nothing to compare: then a first pass of the fresh rows shows who is looked at, because a token nobody looks at does
-no harm. It costs the fresh rows' own cells once more on the lower two thirds of the layers.
+no harm. It costs the fresh rows' own cells once more on the lower third of the layers. Tokens are ranked by what they
+are worth per unit of work, since a late row attends to more keys.
 """
 
 import torch
@@ -18,17 +19,18 @@ def late_layers(layers: int) -> range:
     return range(layers // 2, layers * 5 // 6, 2) if layers > 2 else range(layers)
 
 
-def middle_layers(layers: int) -> range:
-    """Where a first pass sees who is looked at; deeper layers show no more (measured) and cost more.
+def early_layers(layers: int) -> range:
+    """Where a first pass sees who is looked at: between a fifth and a third of the depth.
 
-    None in a model of fewer than three layers, where a first pass would be the whole model.
+    Deeper layers show no more (measured) and cost more. None in a model of fewer than three layers, where a first pass
+    would be half of the model.
     """
-    return range(layers * 2 // 5, layers * 2 // 3, 2) if layers > 2 else range(0)
+    return range(layers // 5, max(layers // 3, layers // 5 + 1), 2) if layers > 2 else range(0)
 
 
 def _looked_at_and_uncertain(evidence: Evidence) -> torch.Tensor:
     # The root: what the question looks at is a hint of what the answer will look at, not the whole of it.
-    return evidence.alpha.sqrt() * evidence.spread
+    return evidence.alpha.sqrt() * evidence.spread / evidence.work
 
 
 CONSENSUS = Strategy(
@@ -38,6 +40,6 @@ CONSENSUS = Strategy(
     score=_looked_at_and_uncertain,
     donors=4,
     compared=late_layers,
-    first_pass=middle_layers,
+    first_pass=early_layers,
     by_doubt=True,
 )

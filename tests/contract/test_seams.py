@@ -68,6 +68,7 @@ TOUCHES_SGLANG = {
     "kvshare_sched.cpu",
     "kvshare_sched.cpu.platform",
     "kvshare_sched.cpu.attention",
+    "kvshare_sched.cpu.products",
     "radix_ext.backend",
     "radix_ext.donors",
 }

@@ -282,8 +282,8 @@ def test_charge_is_what_runs(world):
 
 
 def test_consensus_charges_a_first_pass_over_text_with_one_donor(world):
-    # 45 fresh and 20 chosen rows on all four layers, the fresh ones once more on the first two.
-    assert world.pipeline.charge(world.begin(wishes={"strategy": "consensus"}), 0, 245) == -(-(4 * 65 + 2 * 45) // 4)
+    # 45 fresh and 20 chosen rows on all four layers, the fresh ones once more on the first.
+    assert world.pipeline.charge(world.begin(wishes={"strategy": "consensus"}), 0, 245) == -(-(4 * 65 + 45) // 4)
 
 
 def test_consensus_pins_every_donor_and_needs_no_first_pass_where_half_the_text_has_several(world):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kvshare_kernels import Donors, blend, copy_rotate, fit, key_spread, rotation_rows
-from kvshare_sched.evidence import Chunk, Witness
+from kvshare_sched.evidence import Chunk, Witness, by_head
 from kvshare_sched.pipeline import Pipeline, Session
 from kvshare_sched.types import Segment
 
@@ -142,8 +142,7 @@ class Assembly:
             started = time.perf_counter()
             _, k, v, *_ = args
             layer = module.layer_id
-            k = k.view(-1, module.tp_k_head_num, module.qk_head_dim)
-            v = v.view(-1, module.tp_v_head_num, module.v_head_dim)
+            k, v = by_head(module, k, v)
             for _, local, known, unknown, target in work:
                 for buffer, fresh, neox in ((self.keys[layer], k, self.neox), (self.values[layer], v, None)):
                     trust = fit(buffer, known, fresh[local], neox=neox)

@@ -19,7 +19,7 @@ ALPHA_MODES = ("colsum", "one_query")
 # What a preset sets; any of it may still be set by name. The frontier they stand on: benchmarks/README.md.
 PRESETS: dict[str, dict[str, object]] = {
     "quality": {"strategy": "consensus", "ratio": 0.30},
-    "balanced": {"strategy": "consensus", "ratio": 0.15},
+    "balanced": {"strategy": "consensus", "ratio": 0.18},
     "speed": {"strategy": "consensus", "ratio": 0.08},
 }
 SCHEDULERS = ("fair", "fcfs", "lpm", "hit_rate", "off")
@@ -39,7 +39,7 @@ class KVShareConfig:
     preset: str = _setting("balanced", "", "sets strategy and ratio together", choices=tuple(PRESETS), request=True)
     mode: str = _setting("on", "", "discover looks up and reports without using", choices=MODES)
     strategy: str = _setting("consensus", "", "which reused tokens are recomputed", request=True)
-    ratio: float = _setting(0.15, "share of reused tokens", "recompute budget", low=0.0, high=1.0, request=True)
+    ratio: float = _setting(0.18, "share of reused tokens", "recompute budget", low=0.0, high=1.0, request=True)
     check_layer: int = _setting(1, "layer, 0-based", "all rows run up to this layer; layer 0 shows no deviation", low=1)
     alpha: str = _setting("one_query", "", "attention weights of the kvshare score", choices=ALPHA_MODES)
     window: int = _setting(16, "tokens", "length of the hashed windows", low=2, high=256)

@@ -23,6 +23,11 @@ _VOICES = 16  # last fresh rows whose attention counts; measured, all of them we
 _NOISE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
+def by_head(module, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v [rows, heads * D] as an attention module gets them, as the KV pool takes them: [rows, heads, D]."""
+    return k.view(-1, module.tp_k_head_num, module.qk_head_dim), v.view(-1, module.tp_v_head_num, module.v_head_dim)
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """One request's rows in a batch."""
@@ -116,8 +121,7 @@ class Witness:
         """q, k, v [rows of the view, heads * D] as the layer is about to use them."""
         module = self.attention[layer]
         q = q.view(-1, module.tp_q_head_num, module.qk_head_dim)
-        k = k.view(-1, module.tp_k_head_num, module.qk_head_dim)
-        v = v.view(-1, module.tp_v_head_num, module.v_head_dim)
+        k, v = by_head(module, k, v)
         keys, values = self.pool.get_key_buffer(layer), self.pool.get_value_buffer(layer)
         for chunk in chunks:
             running = chunk.candidates[keep[chunk.candidates]]

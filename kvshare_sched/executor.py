@@ -19,12 +19,13 @@ from collections import defaultdict
 import numpy as np
 import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
 from kvshare_kernels import top_k
 from kvshare_sched.assembly import Assembly
 from kvshare_sched.decode_repair import DecodeRepair
-from kvshare_sched.evidence import Chunk, Witness
+from kvshare_sched.evidence import Chunk, Witness, by_head
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.strategies.base import Evidence
 
@@ -139,7 +140,7 @@ class Executor:
                 view, rows = self._narrow(view, rows, keep, batch, input_ids, positions, layer)
         cells += self._rows_of(chunks, keep) * (depth - layer)
         with self.assembly.blending(blends, rows, keep):
-            output = self._finish(view, rows, layer, input_ids, batch)
+            output = self._finish(view, rows, layer, batch, input_ids, positions)
         spent = time.perf_counter() - copied
 
         for chunk, n in zip(chunks, cells.tolist(), strict=True):
@@ -215,11 +216,26 @@ class Executor:
         narrow.hidden_states = self.layers[layer].attn_boundary.from_pp(PPProxyTensors(carried), narrow)
         return narrow, kept
 
-    def _finish(self, view, rows, layer, input_ids, batch):
-        """Run the remaining layers; logits are taken from the original batch with the kept rows in place."""
+    def _finish(self, view, rows, layer, batch, input_ids, positions):
+        """Run the remaining layers; logits are taken from the original batch with the rows they need in place.
+
+        The last layer makes K and V of all its rows, but goes on with those alone whose output is read.
+        """
+        depth = len(self.layers)
         if rows is None:
-            return self._span(view, layer, len(self.layers))
-        index = torch.from_numpy(rows).to(input_ids.device)
+            return self._span(view, layer, depth)
+        read = self._read_rows(batch, rows) if layer < depth else rows
+        index = torch.from_numpy(read).to(input_ids.device)
+        going_on = torch.from_numpy(np.searchsorted(rows, read)).to(input_ids.device)
+
+        def leave_out(module, args):
+            q, k, v, _, *rest = args
+            place = KVWriteLoc(view.out_cache_loc, None)
+            self.witness.pool.set_kv_buffer(module, place, *by_head(module, k, v))
+            stream = residual_batch.stream_of(view)
+            stream.residual = stream.residual[going_on]
+            narrow = self._select(batch, input_ids, positions, read)
+            return q[going_on], k[going_on], v[going_on], narrow, *rest
 
         def restore(module, args):
             _, hidden, head, _, *rest = args
@@ -227,11 +243,27 @@ class Executor:
             full[index] = hidden
             return (input_ids, full, head, batch, *rest)
 
-        hook = self.model.logits_processor.register_forward_pre_hook(restore)
+        hooks = [self.model.logits_processor.register_forward_pre_hook(restore)]
+        if len(read) < len(rows):
+            hooks.append(self.witness.attention[depth - 1].register_forward_pre_hook(leave_out))
         try:
-            return self._span(view, layer, len(self.layers))
+            return self._span(view, layer, depth)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+
+    @staticmethod
+    def _read_rows(batch: ForwardBatch, rows: np.ndarray) -> np.ndarray:
+        """Of the rows that run, those whose output SGLang reads: the last of each request, and what is scored."""
+        if batch.capture_hidden_mode:
+            return rows
+        lengths = np.array([int(n) for n in batch.extend_seq_lens_cpu])
+        first = lengths - 1
+        if batch.return_logprob:
+            first = np.minimum(first, [int(n) for n in batch.extend_logprob_start_lens_cpu])
+        ends = np.cumsum(lengths)
+        wanted = [np.arange(end - n + low, end) for end, n, low in zip(ends, lengths, first, strict=True)]
+        return np.intersect1d(rows, np.concatenate(wanted))
 
     def _select(self, batch: ForwardBatch, input_ids, positions, rows: np.ndarray) -> ForwardBatch:
         """A batch of the given rows (int64, ascending): one sequence per run of neighbouring positions."""

@@ -120,6 +120,9 @@ SEAMS = (
             "hidden_states",
             "global_num_token_non_padded_cpu",
             "num_token_non_padded",
+            "return_logprob",
+            "extend_logprob_start_lens_cpu",
+            "capture_hidden_mode",
         ),
         kind="members",
     ),
@@ -129,6 +132,7 @@ SEAMS = (
     ),
     Seam(f"{_SRT}.layers.layer_boundary.residual.batch.to_pp", ("hidden_states", "forward_batch")),
     Seam(f"{_SRT}.layers.layer_boundary.residual.batch.clear", ("forward_batch",)),
+    Seam(f"{_SRT}.layers.layer_boundary.residual.batch.stream_of", ("forward_batch",)),
     Seam(f"{_SRT}.layers.layer_boundary.stage.StageBoundary.from_pp", ("tensors", "forward_batch")),
     Seam(
         f"{_SRT}.layers.logits_processor.LogitsProcessor.forward",
@@ -136,6 +140,7 @@ SEAMS = (
     ),
     Seam(f"{_SRT}.layers.radix_attention.RadixAttention.forward", ("q", "k", "v", "forward_batch")),
     Seam(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", ("layer_id",)),
+    Seam(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer", ("layer", "loc_info", "cache_k", "cache_v")),
     Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.all_reduce"),
     Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.broadcast_object", ("obj", "src")),
     # audits: know when the engine is idle, send one request of our own, keep its output

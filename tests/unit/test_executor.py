@@ -2,9 +2,12 @@
 
 import types
 
+import numpy as np
+import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
-from kvshare_sched.executor import even_at
+from kvshare_sched.executor import Executor, even_at
 
 
 def test_attention_costs_what_the_products_cost_at_that_position():
@@ -13,3 +16,21 @@ def test_attention_costs_what_the_products_cost_at_that_position():
     products = 2 * (8 * 24 + 24 * 8)  # operations of a row; norms and biases are no products
     a_key = 4 * 2 * 4  # two operations for the score, two for the value, per head and dimension
     assert even_at(layer, attention) == products / a_key
+
+
+@pytest.mark.parametrize(
+    ("scored_from", "capture", "read"),
+    [
+        (None, CaptureHiddenMode.NULL, [4, 7]),  # two requests of five and three rows: the last of each
+        ([3, 3], CaptureHiddenMode.NULL, [3, 4, 7]),  # 3 of 3: nothing of the second prompt is scored
+        (None, CaptureHiddenMode.LAST, [0, 3, 4, 7]),
+    ],
+)
+def test_the_last_layer_goes_on_with_the_rows_that_are_read(scored_from, capture, read):
+    batch = types.SimpleNamespace(
+        extend_seq_lens_cpu=[5, 3],
+        return_logprob=scored_from is not None,
+        extend_logprob_start_lens_cpu=scored_from,
+        capture_hidden_mode=capture,
+    )
+    assert Executor._read_rows(batch, np.array([0, 3, 4, 7])).tolist() == read

@@ -29,7 +29,8 @@ class Prompt:
     namespace: Namespace
     prompt: int  # tokens
     key: object  # the tree's key of everything but the last token; `token_ids` holds all, int64
-    reusable: bool  # not opted out
+    reusable: bool  # takes part in reuse, neither opted out nor of a kind that cannot
+    lends: bool = True  # its KV enters the tree
     prints: list[int] = field(default_factory=list)  # as the index has them
     texts: list[int] = field(default_factory=list)  # the same, with names of this namespace's own
     positions: list[int] = field(default_factory=list)
@@ -89,10 +90,11 @@ class Peek:
                     break
 
     def missing(self, prompt: Prompt, until: int) -> list[int]:
-        """Texts before position `until` that no donor has yet."""
+        """Texts that end before position `until` and that no donor has yet."""
         known = self._pipeline.index.known(prompt.namespace, prompt.prints)
         places = zip(prompt.texts, prompt.positions, known, strict=True)
-        return [text for text, at, there in places if at < until and not there]
+        window = self._pipeline.index.window
+        return [text for text, at, there in places if at + window <= until and not there]
 
     def _generation(self) -> object:
         """Changes whenever a look might find something else. With reuse off the index is empty, so requests count."""
@@ -112,5 +114,6 @@ class Peek:
             recompute=config.ratio,
             copy=self.copy_price,
             least=config.min_suffix,
+            lends=prompt.lends,
         )
         return estimate(prompt.prompt, exact, prompt.texts, prompt.positions, known, prices)

@@ -28,11 +28,13 @@ def create(config, ctx, pipeline, metrics) -> ServerQueue | None:
     if policy == "off":
         return None
     chunk = server_args.chunked_prefill_size or 0
-    return ServerQueue(policy, config, pipeline, max(0, chunk), metrics.queue if metrics is not None else None)
+    told = metrics.queue if metrics is not None else None
+    preempts = server_args.enable_priority_scheduling and not server_args.disable_priority_preemption
+    return ServerQueue(policy, config, pipeline, max(0, chunk), told, preempts)
 
 
 def calc_priority(original, policy, waiting_queue, *args, **kwargs):
-    """Around `SchedulePolicy.calc_priority`: SGLang's order first, so that a failure of ours leaves it."""
+    """Around `SchedulePolicy.calc_priority`: SGLang's own first, so that a failure of ours leaves its tiers."""
     result = original(policy, waiting_queue, *args, **kwargs)
     queue = getattr(policy.tree_cache, "queue", None)
     if queue is not None and waiting_queue:
@@ -49,19 +51,32 @@ def chunk_limit(original, policy, chunked_req, waiting_queue, budget, page_size)
 
 
 def add_one_req(original, adder, req, *args, **kwargs):
-    """Around `PrefillAdder.add_one_req`, outside of reuse: refuse whose turn it is not, charge what runs."""
+    """Around `PrefillAdder.add_one_req`, outside of reuse: refuse whose turn it is not, charge what runs.
+
+    Without room SGLang stops asking until a running request has left.
+    """
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     queue = getattr(adder.tree_cache, "queue", None)
     if queue is None:
         return original(adder, req, *args, **kwargs)
-    if not queue.may_start(req, adder):
+    if not queue.has_room(req, adder):
+        return AddReqResult.NO_TOKEN
+    if not queue.may_start(req):
         return AddReqResult.OTHER
     before = len(adder.can_run_list)
     result = original(adder, req, *args, **kwargs)
     if len(adder.can_run_list) > before and adder.can_run_list[-1] is req:
         queue.admitted(req, adder)
     return result
+
+
+def preempt_to_schedule(original, adder, req, *args, **kwargs):
+    """Around `PrefillAdder.preempt_to_schedule`: nobody loses its memory to a request that is then refused."""
+    queue = getattr(adder.tree_cache, "queue", None)
+    if queue is not None and not queue.may_start(req):
+        return False
+    return original(adder, req, *args, **kwargs)
 
 
 def add_chunked_req(original, adder, req, *args, **kwargs):
@@ -83,4 +98,5 @@ def hooks() -> dict[str, object]:
         f"{policy}.shortest_prefill_chunk_limit": chunk_limit,
         f"{adder}.add_one_req": add_one_req,
         f"{adder}.add_chunked_req": add_chunked_req,
+        f"{adder}.preempt_to_schedule": preempt_to_schedule,
     }

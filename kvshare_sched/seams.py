@@ -95,7 +95,9 @@ SEAMS = (
     # admission
     Seam(f"{_ADDER}.add_one_req", ("req", "has_chunked_req", "truncation_align_size")),
     Seam(f"{_ADDER}.add_chunked_req", ("req",)),
+    Seam(f"{_ADDER}.preempt_to_schedule", ("req",)),
     Seam(f"{_ADDER}.budget_state"),
+    Seam(f"{_SRT}.managers.schedule_policy.CLIP_MAX_NEW_TOKENS"),
     Seam(f"{_ADDER}.ceil_paged_tokens", ("tokens",)),
     Seam(f"{_ADDER}.rem_total_tokens"),
     Seam(f"{_POLICY}.AddReqResult.OTHER"),

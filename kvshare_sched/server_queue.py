@@ -1,8 +1,8 @@
 """SGLang's waiting list and ours, kept alike: `queue_adapter` hangs this into the scheduler.
 
 SGLang takes requests off the front of its list until memory or budget is gone. We sort that list, refuse whom the
-deficits or a running duplicate hold back, and charge what really runs. Any exception leaves SGLang's own order for
-that pass.
+deficits or a running duplicate hold back, and charge what really runs. After an exception the list stays as it is and
+nobody is refused in that pass; what tenants have been charged is kept.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from dataclasses import dataclass
 
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -18,42 +19,52 @@ from kvshare_sched.peek import Peek, Prompt
 from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.order import Waiting
 from kvshare_sched.scheduling.queue import Order, Queue
-from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of
+from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of, takes_part
 
 logger = logging.getLogger(__name__)
 _AUDITS = "(audits)"  # their work is no tenant's
 _LOG_EVERY = 1000  # failures
 
 
+@dataclass(slots=True)
+class _Running:
+    req: object
+    charged: int  # output tokens
+    prompt: Prompt | None  # while others may wait for its text
+    until: int  # its text before this position enters the tree
+
+
 class ServerQueue:
     """SGLang's waiting list and ours, kept alike. Used by the scheduler thread only; no public method raises."""
 
-    def __init__(self, policy: str, config, pipeline, chunk: int, metrics=None):
+    def __init__(self, policy: str, config, pipeline, chunk: int, metrics=None, preempts: bool = False):
+        """preempts: SGLang may take a running request's memory for a more urgent one, so none is kept for cached text."""
         self._policy, self._config, self._pipeline = policy, config, pipeline
+        self._keep = 0.0 if preempts else config.pool_keep
         self._chunk = chunk  # prefill tokens of one pass; 0: prompts are not cut
         self._metrics = metrics
         self.failures = 0
+        self._accounts = Accounts(config.quantum, config.weights, config.unknown_tenants)
         self._start_over()
 
     def _start_over(self) -> None:
-        config = self._config
-        accounts = Accounts(config.quantum, config.weights, config.unknown_tenants)
+        self._accounts.forget_requests()
         self.queue = Queue(
             self._policy,
-            accounts,
-            config.duplicate_wait if config.mode == "on" else 0,
+            self._accounts,
+            self._config.duplicate_wait if self._config.mode == "on" else 0,
             self._pipeline.costs.pass_rows,
-            config.pool_keep,
+            self._keep,
         )
         self._peek = Peek(self._pipeline)
         self._arrivals = 0
         self._listed: list = []  # SGLang's list as we left it
         self._waiting: dict[str, object] = {}
-        self._running: dict[str, list] = {}  # rid -> [request, output tokens charged, prompt, texts until]
+        self._running: dict[str, _Running] = {}
         self._returning: dict[str, Waiting] = {}  # retracted, not waiting again yet
         self._long = None  # the prompt that is cut in chunks and not finished
-        self._order: Order | None = None
         self._in_force = False
+        self._no_room = False  # the last request that might have started found no memory
 
     # ---- SGLang asks ----
 
@@ -61,17 +72,26 @@ class ServerQueue:
         """Sort SGLang's list in place."""
         started = time.perf_counter()
         try:
-            result = self._sort(waiting, policy)
+            order = self._sort(waiting, policy)
             self._in_force = True
         except Exception:
-            result = self._failed("ordering the queue")
-        if self._metrics is not None:
-            self._metrics.ordered(result, time.perf_counter() - started)
+            self._failed("ordering the queue")
+        else:
+            self._tell("unchanged" if order is None else "sorted", time.perf_counter() - started, order)
 
-    def may_start(self, req, adder) -> bool:
-        """Whether a request may be admitted in this pass."""
+    def has_room(self, req, adder) -> bool:
+        """Whether the KV pool should take a request while others run."""
         try:
-            return not self._in_force or (self._has_room(req, adder) and self.queue.may_start(req.rid))
+            self._no_room = self._in_force and not self._has_room(req, adder)
+            return not self._no_room
+        except Exception:
+            self._failed("room in the pool")
+            return True
+
+    def may_start(self, req) -> bool:
+        """Whether it is a request's turn in this pass."""
+        try:
+            return not self._in_force or self.queue.may_start(req.rid)
         except Exception:
             self._failed("admission")
             return True
@@ -99,7 +119,7 @@ class ServerQueue:
         """Tokens the next chunk of a long prompt may have, so that shorter ones run beside it; None: all of them."""
         try:
             self._long = req
-            if not self._in_force or budget < 2 * page:
+            if not self._in_force or self._no_room or budget < 2 * page:
                 return None
             return self.queue.chunk(len(req.full_untruncated_fill_ids) - req.prefix_len, budget, page)
         except Exception:
@@ -111,9 +131,10 @@ class ServerQueue:
         try:
             if self._long is req:
                 self._long = None
-            if self._running.get(req.rid, (None,))[0] is not req:
+            run = self._running.get(req.rid)
+            if run is None or run.req is not req:
                 return
-            self._generated(req.rid)
+            self._generated(run)
             del self._running[req.rid]
             if req.finished():
                 self.queue.finish(req.rid)
@@ -124,25 +145,33 @@ class ServerQueue:
 
     # ---- in detail ----
 
-    def _sort(self, waiting: list, policy) -> str:
-        for rid in self._running:
-            self._generated(rid)
+    def _sort(self, waiting: list, policy) -> Order | None:
+        """Returns the order when the list was sorted anew, None when nothing has happened."""
+        for run in list(self._running.values()):
+            self._generated(run)
+            if run.req.finished():  # a turn of a session gives nothing back when it ends
+                self.released(run.req)
         if waiting != self._listed:  # the same objects compare at once
             self._mirror(waiting, policy)
-        for rid, found in self._peek.updates():
-            self.queue.revise(rid, work=found.work, exact=found.exact, reused=found.reused, texts=found.texts)
-        for rid, (_, _, prompt, until) in self._running.items():
-            if prompt is not None:
-                self._computing(rid, prompt, until)
+        self._look()
         sorts = self.queue.sorts
-        self._order = self.queue.order(self._chunk / 2 if self._long is not None else 0.0)
+        order = self.queue.order(self._chunk / 2 if self._long is not None else 0.0)
         if self.queue.sorts == sorts and waiting == self._listed:
-            return "unchanged"
-        waiting[:] = self.queue.items[self._order.rows].tolist()
+            return None
+        waiting[:] = self.queue.items[order.rows].tolist()
         self._listed = list(waiting)
-        if self._metrics is not None:
-            self._metrics.observe(self.queue, self._order)
-        return "sorted"
+        return order
+
+    def _look(self) -> None:
+        """What requests still cost and what the running ones still compute. Who cannot be read keeps its full price."""
+        try:
+            for rid, found in self._peek.updates():
+                self.queue.revise(rid, work=found.work, exact=found.exact, reused=found.reused, texts=found.texts)
+            for rid, run in self._running.items():
+                if run.prompt is not None:
+                    self._computing(rid, run)
+        except Exception:
+            self._count_failure("looking prompts up")
 
     def _mirror(self, waiting: list, policy) -> None:
         gone, come = _difference(self._listed, waiting)
@@ -173,8 +202,10 @@ class ServerQueue:
         arrival, since = (back.arrival, back.since) if back else (self._arrivals, self.queue.clock)
         size = len(tokens)
         self.queue.add(Waiting(req.rid, tenant, arrival, size, size, since=since, tier=tier), item=req)
-        reusable = not req.output_ids and (req.sampling_params.custom_params or {}).get(REPORT_KEY) != "off"
-        self._peek.add(Prompt(req.rid, namespace, size, _key(req, tokens), reusable))
+        kind = takes_part(req)
+        opted_out = (req.sampling_params.custom_params or {}).get(REPORT_KEY) == "off"
+        reusable = kind and not req.output_ids and not opted_out
+        self._peek.add(Prompt(req.rid, namespace, size, _key(req, tokens), reusable, lends=kind))
 
     def _start(self, req) -> None:
         del self._waiting[req.rid]
@@ -182,16 +213,17 @@ class ServerQueue:
         session = self._pipeline.sessions.get(req.rid)
         plan = session.plan if session is not None else None
         until = plan.approximate_from if plan is not None else len(req.full_untruncated_fill_ids)
-        self._running[req.rid] = [req, len(req.output_ids), prompt, until]
+        run = self._running[req.rid] = _Running(req, len(req.output_ids), prompt, until)
         self.queue.start(req.rid, self._work(req))
         if prompt is not None:
-            self._computing(req.rid, prompt, until)
+            self._computing(req.rid, run)
 
-    def _computing(self, rid: str, prompt: Prompt, until: int) -> None:
-        left = self._peek.missing(prompt, until)
+    def _computing(self, rid: str, run: _Running) -> None:
+        """Say what others may wait for: until it is in the tree, which is when the first output token is."""
+        left = [] if run.req.output_ids else self._peek.missing(run.prompt, run.until)
         self.queue.duplicates.computing(rid, left)
         if not left:
-            self._running[rid][2] = None
+            run.prompt = None
 
     def _work(self, req) -> float:
         """What the piece of a prompt that was just admitted costs, in tokens of ordinary prefill."""
@@ -203,26 +235,41 @@ class ServerQueue:
         return self._pipeline.charge(session, start, end) + self._peek.copy_price * copied
 
     def _has_room(self, req, adder) -> bool:
+        from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
         if not adder.can_run_list and (adder.running_batch is None or not adder.running_batch.reqs):
             return True  # waiting would free nothing
         size = adder.token_to_kv_pool_allocator.size
-        need = len(req.full_untruncated_fill_ids) - req.prefix_len + req.sampling_params.max_new_tokens
+        new = max(0, req.sampling_params.max_new_tokens - len(req.output_ids))
+        need = len(req.full_untruncated_fill_ids) - req.prefix_len + min(new, CLIP_MAX_NEW_TOKENS)
         return self.queue.has_room(size - adder.rem_total_tokens, need, size)
 
-    def _generated(self, rid: str) -> None:
-        entry = self._running[rid]
-        if new := len(entry[0].output_ids) - entry[1]:
-            self.queue.generated(rid, new)
-            entry[1] += new
+    def _generated(self, run: _Running) -> None:
+        if new := len(run.req.output_ids) - run.charged:
+            self.queue.generated(run.req.rid, new)
+            run.charged += new
 
-    def _failed(self, what: str) -> str:
-        if self.failures % _LOG_EVERY == 0:
-            logger.exception(
-                "kvshare: ordering failed (%s, %d before); SGLang's order for this pass", what, self.failures
-            )
-        self.failures += 1
+    def _tell(self, result: str, seconds: float = 0.0, order: Order | None = None) -> None:
+        """Metrics, on one rank only: they must change nothing."""
+        if self._metrics is None:
+            return
+        try:
+            self._metrics.ordered(result, seconds)
+            if order is not None:
+                self._metrics.observe(self.queue, order)
+        except Exception:
+            logger.exception("kvshare: the queue's metrics could not be written")
+
+    def _failed(self, what: str) -> None:
+        """Forget what is known of the requests; the next pass reads SGLang's list anew."""
+        self._count_failure(what)
         self._start_over()
-        return "failed"
+
+    def _count_failure(self, what: str) -> None:
+        if self.failures % _LOG_EVERY == 0:
+            logger.exception("kvshare: ordering failed (%s, %d before); ordinary order", what, self.failures)
+        self.failures += 1
+        self._tell("failed")
 
 
 def _difference(old: list, new: list) -> tuple[list, list]:

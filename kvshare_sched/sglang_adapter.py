@@ -35,6 +35,19 @@ def tokens_of(req) -> np.ndarray:
     return np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64).copy()
 
 
+def takes_part(req) -> bool:
+    """Whether a request is of a kind that can reuse: its prompt is its tokens, and its KV is all that is wanted."""
+    return not (
+        req.input_embeds is not None
+        or req.multimodal_inputs is not None
+        or req.positional_embed_overrides is not None
+        or req.session is not None
+        or req.return_hidden_states
+        or req.return_pooled_hidden_states
+        or req.skip_radix_cache_insert
+    )
+
+
 def view_of(req) -> RequestView | Reason:
     """What the planner may know of a request, or why it cannot take part. Never raises."""
     try:
@@ -53,15 +66,7 @@ def _view_of(req) -> RequestView | Reason:
         return Reason.BAD_SETTING
     if req.retracted_stain or len(req.output_ids) > 0:
         return Reason.RETRACTED
-    if (
-        req.input_embeds is not None
-        or req.multimodal_inputs is not None
-        or req.positional_embed_overrides is not None
-        or req.session is not None
-        or req.return_hidden_states
-        or req.return_pooled_hidden_states
-        or req.skip_radix_cache_insert
-    ):
+    if not takes_part(req):
         return Reason.UNSUPPORTED_INPUT
     tokens = tokens_of(req)
     fresh_from = len(tokens)

@@ -20,11 +20,12 @@ class Texts:
     """What a request would have to compute, in prompt order, as (text, tokens).
 
     The first `gives` of them enter the exact tree when it has run, so others can use them; what comes after its
-    first approximate token does not.
+    first approximate token does not. `takes`: it may use what others have computed.
     """
 
     lacks: tuple[tuple[Hashable, int], ...] = ()
     gives: int = 0
+    takes: bool = True
 
     @property
     def given(self) -> list[Hashable]:
@@ -58,7 +59,7 @@ class Duplicates:
         wanted = max(_LEAST, _SHARE * work)
         running = sum(tokens for text, tokens in texts.lacks if text in self._count)
         ahead = sum(tokens for text, tokens in texts.lacks if text in self._ahead and text not in self._count)
-        if running + ahead >= wanted:
+        if texts.takes and running + ahead >= wanted:
             if running < wanted:
                 return True
             passes = self._passes[rid] = self._passes.get(rid, 0) + 1

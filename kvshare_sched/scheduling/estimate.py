@@ -15,10 +15,11 @@ from kvshare_sched.scheduling.duplicates import Texts
 class Prices:
     """What this engine does with a reused token."""
 
-    reuse: bool  # mode `on`
+    reuse: bool  # for this request
     recompute: float  # share of the reused tokens that is computed again
     copy: float  # a copied token, in tokens of ordinary prefill
     least: int  # shorter remainders are not looked up
+    lends: bool = True  # what this request computes enters the tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,10 @@ def estimate(
     rest = [(text, there) for text, at, there in zip(texts, positions, known, strict=True) if at >= exact]
     missing = [text for text, there in rest if not there]
     tokens = (prompt - exact) // max(1, len(rest))
-    reused = 0
-    if prices.reuse and rest and prompt - exact >= prices.least:
+    reused, takes = 0, prices.reuse and prompt - exact >= prices.least
+    if takes and rest:
         reused = (prompt - exact) * (len(rest) - len(missing)) // len(rest)
     first = next((place for place, (_, there) in enumerate(rest) if there), len(rest)) if reused else len(missing)
     work = prompt - exact - reused + reused * (prices.recompute + prices.copy)
-    return Estimate(exact, reused, max(1.0, work), Texts(tuple((text, tokens) for text in missing), first))
+    gives = first if prices.lends else 0
+    return Estimate(exact, reused, max(1.0, work), Texts(tuple((text, tokens) for text in missing), gives, takes))

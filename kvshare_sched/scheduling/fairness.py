@@ -2,7 +2,7 @@
 
 A tenant may start requests while its deficit is above zero. What its requests compute is taken off: prefill rows that
 run, a price for copied tokens, OUTPUT_PRICE a generated token. When nobody who waits is above zero, a round is added:
-weight x quantum to everyone who waits and is not. Nobody ever holds more than one quantum, so idle tenants bank
+weight x quantum to everyone who waits and is not. No round lifts anybody above one quantum, so idle tenants bank
 nothing; a new tenant starts with one, so it is served in the first pass.
 
 Bound: two tenants that both always have a request that may run differ in service / weight by at most
@@ -51,6 +51,7 @@ class Accounts:
         self._waiting: Counter[str] = Counter()
         self._open: Counter[str] = Counter()  # requests waiting or running
         self._left: dict[str, int] = {}  # nobody waits: the round when that began
+        self._idle: dict[str, None] = {}  # those of `_left` that may be dropped one day, the next to look at first
         self._own = 0  # accounts of tenants without a weight
 
     def grant(self, account: str) -> float:
@@ -67,8 +68,9 @@ class Accounts:
     def wait(self, account: str) -> None:
         """A request of an account waits (again); rounds missed while nobody waited count against a debt only."""
         self._waiting[account] += 1
+        self._idle.pop(account, None)
         if (since := self._left.pop(account, None)) is not None:
-            missed = min(self.refills - since, self._rounds(account))
+            missed = min(self.refills - since, self.rounds(account))
             self.deficits[account] += missed * self.grant(account)
 
     def leave(self, account: str) -> None:
@@ -76,11 +78,19 @@ class Accounts:
         self._waiting[account] -= 1
         if not self._waiting[account]:
             del self._waiting[account]
-            self._left[account] = self.refills
+            self._rest(account)
 
     def close(self, account: str) -> None:
         """A request has finished or was aborted."""
         self._open[account] -= 1
+
+    def forget_requests(self) -> None:
+        """Nobody waits or runs any longer as far as is known; what was charged stays."""
+        waited = list(self._waiting)
+        self._waiting.clear()
+        self._open.clear()
+        for account in waited:
+            self._rest(account)
 
     def charge(self, account: str, tokens: float) -> None:
         """Take off what ran; negative gives back."""
@@ -97,15 +107,16 @@ class Accounts:
         may_run = {account, *others}
         if any(self.deficits[other] > 0 for other in may_run):
             return False
-        self._refill(min(map(self._rounds, may_run)))
+        self._refill(min(map(self.rounds, may_run)))
         return self.deficits[account] > 0
 
     def _refill(self, rounds: int) -> None:
         for account in self._waiting:
-            self.deficits[account] += min(rounds, self._rounds(account)) * self.grant(account)
+            self.deficits[account] += min(rounds, self.rounds(account)) * self.grant(account)
         self.refills += rounds
 
-    def _rounds(self, account: str) -> int:
+    def rounds(self, account: str) -> int:
+        """Rounds until an account is above zero."""
         return rounds_owed(self.deficits[account], self.grant(account))
 
     def _account(self, tenant: str) -> str:
@@ -124,10 +135,19 @@ class Accounts:
         self.numbers[account] = self._free.pop() if self._free else len(self.numbers)
         return account
 
+    def _rest(self, account: str) -> None:
+        """Nobody of an account waits any longer."""
+        self._left[account] = self.refills
+        if account not in self.weights and account != OVERFLOW:
+            self._idle[account] = None
+
     def _drop_one(self) -> None:
-        for account in list(self._left)[:_PEEK]:
-            own = account not in self.weights and account != OVERFLOW
-            if own and not self._open[account] and self.refills - self._left[account] >= max(1, self._rounds(account)):
+        for _ in range(min(_PEEK, len(self._idle))):
+            account = next(iter(self._idle))
+            del self._idle[account]
+            if self._open[account] or self.refills - self._left[account] < max(1, self.rounds(account)):
+                self._idle[account] = None  # not yet; the others are looked at first
+            else:
                 del self.deficits[account], self._left[account], self._open[account], self.served[account]
                 self._free.append(self.numbers.pop(account))
                 self._own -= 1

@@ -155,6 +155,7 @@ class Queue:
         run = self.running.pop(rid)
         self.accounts.charge(run.account, -run.charged)
         self.accounts.close(run.account)
+        self._order = None
         return run.waiting
 
     def _hit(self, tokens: float, prompt: int) -> None:
@@ -162,10 +163,10 @@ class Queue:
         self.hit_share += weight * (tokens / max(1, prompt) - self.hit_share)
 
     def _charge(self, account: str, tokens: float) -> None:
-        before = self.accounts.deficits[account] > 0
+        before = self.accounts.rounds(account)
         self.accounts.charge(account, tokens)
         self.clock += tokens
-        if before and self.accounts.deficits[account] <= 0:  # its turn is over: the order is another
+        if self.accounts.rounds(account) != before:  # its turn is over, or comes later still: the order is another
             self._order = None
 
     def _take(self, rid: str) -> tuple[Waiting, str]:

@@ -41,6 +41,8 @@ class Req:
         self.full_untruncated_fill_ids = self.origin_input_ids
         self.sampling_params = SimpleNamespace(custom_params={"kvshare": wish} if wish else None, max_new_tokens=8)
         self.prefix_len, self.done = 0, False
+        self.input_embeds = self.multimodal_inputs = self.positional_embed_overrides = self.session = None
+        self.return_hidden_states = self.return_pooled_hidden_states = self.skip_radix_cache_insert = False
         self.extend_end = len(self.origin_input_ids)
         self.extend_len = self.extend_end
 
@@ -225,6 +227,45 @@ def test_a_failure_leaves_sglangs_order_and_the_next_pass_is_ours_again(monkeypa
     assert world.go() == ["a", "b"], "in force again, nobody lost"
 
 
+def test_a_failure_forgets_no_debt():
+    world = World(quantum=1000)
+    world.waiting = [Req("a", 300)]
+    world.go()
+    world.queue._failed("a test")
+    assert world.queue.queue.accounts.deficits["t"] == 700 and not world.queue.queue.running
+    world.waiting = [Req("b", 100)]
+    assert world.go() == ["b"] and world.queue.queue.accounts.deficits["t"] == 600
+
+
+def test_a_prompt_that_cannot_be_read_keeps_its_price_and_the_others_their_order(monkeypatch):
+    world = World()
+    broken, original = Req("broken", 400), world.pipeline.index.fingerprints
+    poison = np.array(broken.origin_input_ids)
+
+    def fingerprints(tokens, thinning):
+        if np.array_equal(tokens, poison):
+            raise RuntimeError("unreadable")
+        return original(tokens, thinning)
+
+    monkeypatch.setattr(world.pipeline.index, "fingerprints", fingerprints)
+    world.waiting = [Req("dear", 500), broken, Req("cheap", 100)]
+    world.order()
+    assert world.order() == ["cheap", "broken", "dear"] and world.queue.failures == 1
+
+
+def test_metrics_that_cannot_be_written_change_nothing():
+    class Broken:
+        def ordered(self, *_):
+            raise OSError("disk full")
+
+        observe = ordered
+
+    world = World()
+    world.queue._metrics = Broken()
+    world.waiting = [Req("b", 500), Req("a", 100)]
+    assert world.go() == ["a", "b"] and world.queue.failures == 0
+
+
 def test_two_requests_with_one_id_are_a_failure_that_loses_nobody():
     world = World()
     world.waiting = [Req("same", 500), Req("same", 100)]
@@ -238,11 +279,73 @@ def test_room_for_cached_text_is_kept_while_others_run_and_never_when_nobody_doe
     world.queue.queue.hit_share = 1.0
     adder = Adder(world.cache)
     adder.rem_total_tokens = 50_200  # of 100,000
-    assert world.queue.may_start(world.waiting[0], adder), "the engine is idle"
+    assert world.queue.has_room(world.waiting[0], adder), "the engine is idle"
     adder.running_batch = SimpleNamespace(reqs=[Req("running")])
-    assert not world.queue.may_start(world.waiting[0], adder)
+    assert not world.queue.has_room(world.waiting[0], adder)
+    assert queue_adapter.add_one_req(Adder.add_one_req, adder, world.waiting[0]) == AddReqResult.NO_TOKEN
+    assert queue_adapter.chunk_limit(None, world.policy, Req("long", 5000), [], 1000, 1) is None, "for nobody's good"
     adder.rem_total_tokens = 50_400
-    assert world.queue.may_start(world.waiting[0], adder)
+    assert world.queue.has_room(world.waiting[0], adder)
+
+
+@pytest.mark.parametrize("hit_share", [0.0, 1.0])
+def test_an_answer_without_a_limit_counts_as_sglang_counts_it(hit_share):
+    """A request without `max_tokens` may fill the whole context; nearly none does."""
+    world = World(pool_keep=0.3)
+    req = Req("a", 300)
+    req.sampling_params.max_new_tokens = 99_000
+    world.waiting = [req]
+    world.order()
+    world.queue.queue.hit_share = hit_share
+    adder = Adder(world.cache)
+    adder.running_batch, adder.rem_total_tokens = SimpleNamespace(reqs=[Req("running")]), 60_000
+    assert world.queue.has_room(req, adder)
+
+
+def test_nothing_is_kept_where_sglang_preempts_and_nobody_is_preempted_for_a_request_that_must_wait():
+    config = KVShareConfig(audit_share=0.0, pool_keep=0.5)
+    assert ServerQueue("fair", config, Pipeline(config, FakeTree(), COSTS), 1000, preempts=True).queue.keep == 0
+    world = World(quantum=100_000)
+    world.waiting = [Req("first", DOC), Req("second", DOC)]
+    first, second = world.waiting
+    world.order()
+    asked = []
+    for req in (first, second):
+        queue_adapter.preempt_to_schedule(lambda adder, req: asked.append(req.rid), Adder(world.cache), req)
+    assert asked == ["first"], "the second waits for the first one's text"
+
+
+def test_a_turn_of_a_session_that_ends_without_a_release_is_not_kept():
+    world = World()
+    req = Req("turn", 300)
+    world.waiting = [req]
+    world.go()
+    req.done, req.output_ids = True, array("q", [1])
+    world.order()  # SGLang asks only while somebody waits
+    world.waiting = [Req("next", 10)]
+    world.order()
+    assert not world.queue.queue.running and not world.queue._running
+
+
+def test_a_request_that_cannot_reuse_waits_for_nobody_and_one_without_kv_is_not_waited_for():
+    world = World(quantum=100_000)
+    world.waiting = [Req("first", DOC), Req("embeds", DOC), Req("opted-out", DOC, wish="off"), Req("second", DOC)]
+    world.waiting[1].input_embeds = [[0.0]]
+    assert sorted(world.go()) == ["embeds", "first", "opted-out"]
+    world = World(quantum=100_000)
+    world.waiting = [Req("first", DOC), Req("second", DOC)]
+    world.waiting[0].skip_radix_cache_insert = True
+    assert sorted(world.go()) == ["first", "second"]
+
+
+def test_nobody_waits_for_text_of_a_request_that_answers_already():
+    world = World(quantum=100_000)
+    first = Req("first", DOC)
+    world.waiting = [first]
+    world.go()
+    first.output_ids = array("q", [7])  # and yet its text never came into the index
+    world.waiting = [Req("second", DOC)]
+    assert world.go() == ["second"]
 
 
 def test_a_long_prompt_in_chunks_leaves_half_of_the_next_one_to_short_prompts():

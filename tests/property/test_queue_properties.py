@@ -51,6 +51,18 @@ class Anything(RuleBasedStateMachine):
             started += 1
         assert started or not self.waiting or self.queue.order(room).held, "an idle engine starts somebody"
 
+    @rule()
+    def the_engine_falls_idle(self):
+        """Nobody is held for ever: once nothing runs, somebody starts within the bound on duplicates."""
+        for rid in sorted(self.running):
+            self.queue.finish(rid)
+        self.running.clear()
+        for _ in range(self.queue.duplicates.bound + 1):
+            ready = self.queue.order().ready
+            if ready and self.queue.may_start(ready[0]):
+                return
+        assert not self.waiting, "requests wait in an idle engine"
+
     @rule(data=st.data(), output=st.integers(0, 50))
     def leave(self, data, output):
         if not self.running:

@@ -14,6 +14,12 @@ def test_the_first_of_several_runs_and_the_others_wait():
     assert [wait.holds(rid, Texts(DOC, 10), 500) for rid in "abc"] == [False, True, True]
 
 
+def test_who_cannot_use_it_does_not_wait_for_it():
+    wait = Duplicates(bound=8)
+    wait.begin_pass()
+    assert [wait.holds(rid, Texts(DOC, 10, takes=rid == "a"), 500) for rid in "abc"] == [False] * 3
+
+
 def test_while_the_first_runs_the_others_wait_within_the_bound():
     wait = Duplicates(bound=3)
     wait.computing("a", Texts(DOC, 10).given)

@@ -40,6 +40,11 @@ def test_the_exact_part_costs_nothing_and_its_fingerprints_do_not_count():
 def test_without_reuse_or_with_too_little_left_all_of_it_is_work(prices):
     found = of("1111100000", prices=prices)
     assert found.reused == 0 and found.work == 1000
+    assert not found.texts.takes, "so it need not wait for anybody's text"
+
+
+def test_a_request_whose_kv_enters_no_tree_gives_nothing():
+    assert of("0000000000", prices=Prices(True, 0.2, 0.05, 64, lends=False)).texts.given == []
 
 
 def test_a_prompt_without_fingerprints_and_a_cached_one():

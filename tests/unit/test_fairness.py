@@ -90,6 +90,26 @@ def test_an_account_is_free_again_when_its_tenant_is_gone_and_its_debt_would_be_
         assert books.deficits.keys() == ({"first", OVERFLOW} if books.refills < 2 else {"guest2", OVERFLOW})
 
 
+def test_idle_tenants_with_a_weight_keep_no_name_from_being_forgotten():
+    weights = {f"w{n}": 2.0 for n in range(9)}
+    books = Accounts(100.0, weights, unknown=2)
+    for name in (*weights, "u0", "u1"):
+        books.enter(name), books.leave(name), books.close(name)
+    books.enter("busy-weighted-tenant-that-makes-a-round")
+    books.charge(OVERFLOW, 200)
+    assert books.may_start(OVERFLOW, ())
+    assert books.enter("u2") == "u2" and "u0" not in books.deficits
+
+
+def test_after_a_failure_the_books_are_kept_and_nobody_is_open():
+    books = Accounts(100.0)
+    books.enter("a")
+    books.charge("a", 30)
+    books.forget_requests()
+    assert books.deficits == {"a": 70} and books.enter("a") == "a"
+    books.leave("a"), books.close("a")
+
+
 def test_the_bound_counts_what_may_be_charged_after_the_deficit_is_gone():
     assert service_gap(max_work=1000, max_output=50, quantum=400) == 2 * (1000 + 2 * 50 + 400)
     assert service_gap(1000, 50, 400, least_weight=0.5) == 2 * (2 * 1100 + 400)

@@ -56,7 +56,19 @@ def test_an_unchanged_queue_is_not_sorted_again_and_a_changed_one_is():
     q.revise("a", work=5, exact=0, reused=900, texts=Texts())
     assert q.order().ready == ("a", "b")
     add(q, "c", work=1)
-    assert q.order().ready == ("a", "c", "b") or q.order().ready[0] in "ac"
+    assert q.order().ready == ("c", "a", "b"), "nobody has waited yet: by work"
+
+
+def test_a_debt_that_grows_by_a_round_makes_another_order():
+    q = Queue("fair", Accounts(300.0), 0)
+    for tenant, debt in (("a", 450.0), ("d", 320.0)):
+        q.add(Waiting(f"{tenant}0", tenant, 0, 10, 10))
+        q.start(f"{tenant}0", debt)
+    for rid, tenant in (("a1", "a"), ("d1", "d")):
+        q.add(Waiting(rid, tenant, 1, 100, 10 if tenant == "a" else 90, since=q.clock))
+    assert q.order().ready == ("a1", "d1"), "both owe one round"
+    q.generated("a0", 100)
+    assert q.order().ready[0] == "d1" and q.may_start("d1")
 
 
 def test_waiting_times_are_looked_at_again_once_the_engine_has_worked():

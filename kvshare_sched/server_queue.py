@@ -121,7 +121,8 @@ class ServerQueue:
             self._long = req
             if not self._in_force or self._no_room or budget < 2 * page:
                 return None
-            return self.queue.chunk(len(req.full_untruncated_fill_ids) - req.prefix_len, budget, page)
+            left = self._work_between(req, req.prefix_len, len(req.full_untruncated_fill_ids))
+            return self.queue.chunk(left, budget, page)
         except Exception:
             self._failed("the limit of a chunk")
             return None
@@ -155,12 +156,19 @@ class ServerQueue:
             self._mirror(waiting, policy)
         self._look()
         sorts = self.queue.sorts
-        order = self.queue.order(self._chunk / 2 if self._long is not None else 0.0)
+        order = self.queue.order(self._room())
         if self.queue.sorts == sorts and waiting == self._listed:
             return None
         waiting[:] = self.queue.items[order.rows].tolist()
         self._listed = list(waiting)
         return order
+
+    def _room(self) -> float:
+        """Tokens beside the next chunk of the long prompt; 0 without one, and when that chunk is its last."""
+        long = self._long
+        if long is None or self._work_between(long, long.extend_end, len(long.full_untruncated_fill_ids)) <= self._chunk:
+            return 0.0
+        return self._chunk / 2
 
     def _look(self) -> None:
         """What requests still cost and what the running ones still compute. Who cannot be read keeps its full price."""
@@ -227,7 +235,9 @@ class ServerQueue:
 
     def _work(self, req) -> float:
         """What the piece of a prompt that was just admitted costs, in tokens of ordinary prefill."""
-        start, end = req.prefix_len, req.extend_end
+        return self._work_between(req, req.prefix_len, req.extend_end)
+
+    def _work_between(self, req, start: int, end: int) -> float:
         session = self._pipeline.sessions.get(req.rid)
         if session is None or session.plan is None:
             return end - start

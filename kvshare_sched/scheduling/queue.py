@@ -66,7 +66,7 @@ class Queue:
         self._data = np.zeros((_FIELDS, 64))
         self._order: Order | None = None
         self._ordered_at = (0.0, 0.0)  # clock, room
-        self._may: dict[str, tuple[int, str]] = {}  # (group, account) of the requests that may start in this pass
+        self._may: dict[str, tuple[int, str]] = {}  # (tier, account) of the requests that may start in this pass
         self._left: Counter[tuple[int, str]] = Counter()  # how many of them have not
         self._started = 0  # in this pass
         self.hit_share = 0.0  # of the prompts that started lately, weighted by their length
@@ -193,7 +193,7 @@ class Queue:
         """The order of this pass; the same object as long as nothing has happened.
 
         room: with a long prompt half done, the tokens left beside its next chunk; what does not fit comes last. 0: no
-        such prompt.
+        such prompt, or its last chunk.
         """
         self._started = 0
         if (
@@ -226,7 +226,7 @@ class Queue:
         ready: list[int] = []
         held = 0
         self._may = {}
-        for number, group in enumerate(_groups(places, rows, room)):
+        for tier, group in _groups(places, rows, room):
             if len(ready) >= LIMIT:
                 break
             work, row_of = rows.work[group].tolist(), group.tolist()
@@ -240,7 +240,7 @@ class Queue:
             )
             ready += (row_of[at] for at in started)
             held += kept
-            self._may |= {self.rids[row_of[at]]: (number, self._accounts[row_of[at]]) for at in started}
+            self._may |= {self.rids[row_of[at]]: (tier, self._accounts[row_of[at]]) for at in started}
         self._left = Counter(self._may.values())
         others = np.ones(len(places), bool)
         others[ready] = False
@@ -256,13 +256,15 @@ class Queue:
     def chunk(self, left: float, budget: int, page: int = 1) -> int:
         """Tokens the next piece of a long prompt may have when `left` of it are to do, so that others run beside it.
 
-        Short ones that may start get what they need, half of the budget at most.
+        Short ones whose turn it is get what they need, half of the budget at most; the last piece makes no room.
         """
         reserved = 0
-        if self.policy == "fair" and self._order is not None:
-            for rid in self._may:
+        if self.policy == "fair" and self._order is not None and left > budget:
+            claims = {tier for (tier, account), n in self._left.items() if n and self.accounts.deficits[account] > 0}
+            for rid, (tier, account) in self._may.items():
                 work = -(-math.ceil(self.work(rid)) // page) * page
-                if work < left and reserved + work <= budget // 2:
+                turn = tier not in claims or self.accounts.deficits[account] > 0
+                if turn and work < left and reserved + work <= budget // 2:
                     reserved += work
         return max(page, (budget - reserved) // page * page)
 
@@ -283,8 +285,8 @@ class Queue:
             return True
         if rid not in self._may or self._full(rid):
             return False
-        group, account = self._may[rid]
-        others = (a for (g, a), left in self._left.items() if left and g == group)
+        tier, account = self._may[rid]
+        others = (a for (t, a), left in self._left.items() if left and t == tier)
         if self.accounts.may_start(account, others):
             return True
         self._order = None  # somebody else's turn
@@ -299,11 +301,11 @@ class Queue:
         return 0 < self.pass_fixed * _BEHIND * len(self.rids) < self._started * self.work(rid)
 
 
-def _groups(places: np.ndarray, rows: Rows, room: float) -> Iterator[np.ndarray]:
-    """Rows tier by tier, and inside a tier those that fit beside a long prompt first."""
+def _groups(places: np.ndarray, rows: Rows, room: float) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the tier, rows), tier by tier, and inside a tier those that fit beside a long prompt first."""
     edges = np.flatnonzero(np.diff(rows.tier[places])) + 1
-    for tier in np.split(places, edges):
+    for number, tier in enumerate(np.split(places, edges)):
         fits = rows.work[tier] <= room if room else np.ones(len(tier), bool)
         for group in (tier[fits], tier[~fits]):
             if len(group):
-                yield group
+                yield number, group

@@ -138,9 +138,9 @@ class Engine:
             return False
         self._look_again()
         profile, budget, batch = self.profile, self.profile.chunk, []
-        order = self.queue.order(budget / 2 if self._long is not None else 0.0)
-        if self._long is not None:
-            long = self._long
+        long = self._long
+        order = self.queue.order(budget / 2 if long is not None and long.rows - long.ran > budget else 0.0)
+        if long is not None:
             piece = min(long.rows - long.ran, self.queue.chunk(long.rows - long.ran, budget))
             self.queue.charge(long.rid, piece)
             batch.append((long, piece))

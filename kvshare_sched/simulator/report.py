@@ -11,17 +11,12 @@ import numpy as np
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
+from kvshare_sched.loadtest.statistics import jain
 from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.queue import Queue
 from kvshare_sched.simulator import profile as profiles
 from kvshare_sched.simulator import traffic
 from kvshare_sched.simulator.engine import Done, Engine
-
-
-def jain(shares: Iterable[float]) -> float:
-    """Jain's index of fairness: 1 when all are equal, 1 / n when one has everything."""
-    x = np.array(list(shares), float)
-    return float(x.sum() ** 2 / (len(x) * (x * x).sum())) if len(x) and x.any() else 1.0
 
 
 def summary(done: Iterable[Done]) -> dict:
@@ -47,7 +42,7 @@ def summary(done: Iterable[Done]) -> dict:
         "share_exact": float(exact.sum() / prompt.sum()),
         "share_reused": float(reused.sum() / prompt.sum()),
         "tenant_ttft_worst_s": max(means.values()),
-        "tenant_ttft_jain": jain(means.values()),
+        "tenant_ttft_jain": jain(list(means.values())),
     }
 
 

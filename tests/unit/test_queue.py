@@ -113,14 +113,18 @@ def test_a_tier_is_served_before_the_next_even_by_a_tenant_in_debt():
     assert start_all(q) == ["high0", "high1", "high2", "high3", "low"]
 
 
-def test_beside_a_long_prompt_those_that_fit_come_first_even_in_debt():
+def test_beside_a_long_prompt_those_that_fit_come_first_but_not_on_others_turns():
     q = queue(quantum=100)
     add(q, "spent", "small")
     q.start("spent", 5000)
     add(q, "short", "small", work=150)
     add(q, "long", "other", work=5000)
     assert q.order(room=500).ready == ("short", "long")
-    assert q.may_start("short")
+    assert not q.may_start("short"), "or a tenant of short prompts would run beside all long ones, whatever it owes"
+    q.order(room=500)
+    assert q.chunk(9000, 1000) == 1000, "so no room is left for it"
+    q.start("long", 200)
+    assert q.order(room=500).ready == ("short",) and q.chunk(9000, 1000) == 850 and q.may_start("short")
 
 
 def test_a_long_prompt_leaves_half_of_its_chunk_to_short_ones_and_no_more():
@@ -131,7 +135,7 @@ def test_a_long_prompt_leaves_half_of_its_chunk_to_short_ones_and_no_more():
     q.order(room=500)
     assert q.chunk(9000, 1000) == 550
     assert q.chunk(9000, 1000, page=16) % 16 == 0
-    assert q.chunk(50, 1000) == 1000, "what is nearly done is not held up"
+    assert q.chunk(1000, 1000) == 1000, "the last chunk is not held up"
     add(q, "big", work=600)
     q.order(room=500)
     assert q.chunk(9000, 1000) == 550

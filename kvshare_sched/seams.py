@@ -167,6 +167,8 @@ SEAMS = (
     ),
     Seam(f"{_SRT}.layers.logits_processor.LogitsProcessorOutput", ("next_token_logits",), kind="members"),
     Seam(f"{_CACHE}.full_evictable_size"),
+    # a decode that says a given answer, for measurements
+    Seam(f"{_SRT}.sampling.custom_logit_processor.CustomLogitProcessor.__call__", ("logits", "custom_param_list")),
     # tell the client
     Seam(
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",

@@ -1,12 +1,16 @@
 #!/usr/bin/env python
 """What decode-stage repair costs and what it is worth. Writes benchmarks/repair.json.
 
-    python scripts/bench_repair.py
+    python scripts/bench_repair.py cost     # about two minutes
+    python scripts/bench_repair.py worth    # about two minutes a case
 
 One stock server, prompts of some 2,000 tokens whose documents come back in another order behind another prefix.
-- cost: time per output token with repair over without, alternating, so that a machine that slows down hits both;
-- worth: how long the greedy answer stays the one of full prefill. The first token that differs ends it, so the
-  figure is coarse, but it is what a client would see; teacher forcing cannot show it, because it does not decode.
+- cost: time per output token with repair over without. The settings take turns within a round, so that a machine that
+  slows down hits all of them; the ratio is one of a round, the figure the median over the rounds.
+- worth: KL from full prefill before every token of full prefill's own answer, by teacher forcing that decodes
+  (`evaluation/forced.py`), averaged over parts of the answer. A `fifo` walk publishes what it has repaired, so every
+  run has donors of its own.
+Each part keeps the other's last figures in the file.
 """
 
 from __future__ import annotations
@@ -19,67 +23,102 @@ from pathlib import Path
 from kvshare_sched import model, server
 from kvshare_sched.client import Client
 from kvshare_sched.demo import library, prompt_of
+from kvshare_sched.evaluation.forced import decoded, divergence
 
+PLAIN = "plain"
 SETTINGS = {
-    "plain": {},
+    PLAIN: {},
     "fifo 3": {"repair_rows": 3, "repair_order": "fifo"},
     "fifo 8": {"repair_rows": 8, "repair_order": "fifo"},
     "lagged 3": {"repair_rows": 3, "repair_order": "lagged"},
     "attention 3": {"repair_rows": 3, "repair_order": "attention"},
 }
+WORTH = [PLAIN, "fifo 3", "lagged 3"]
+STRATEGIES = ["consensus", "naive"]
+PARTS = [(0, 24), (24, 100), (100, 200), (200, 300)]  # tokens of the answer
 DOCUMENTS = 4
-STRATEGY = "kvshare"  # its check layer knows the deviations that `lagged` and `attention` go by
+FILE = Path("benchmarks/repair.json")
 
 
-def common_beginning(a, b) -> int:
-    """Tokens until two answers differ."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+class Bench:
+    """Prompts of one server."""
+
+    def __init__(self, client: Client):
+        self.client = client
+        self.sections = library(client)
+
+    def case(self, number: int) -> tuple[str, list[int]]:
+        """A donor's prompt, and one with the same documents the other way round."""
+        chosen = [self.sections[(number * DOCUMENTS + i) % len(self.sections)] for i in range(DOCUMENTS)]
+        prompt = prompt_of("Answer at length.", chosen[::-1], "Explain every section in turn.")
+        return prompt_of("Be brief.", chosen, "?"), self.client.tokenize(prompt)
+
+    def cost(self, rounds: int) -> dict:
+        """Time per output token of each setting, one short answer a round."""
+        donor, prompt = self.case(0)
+        taken = {name: [] for name in SETTINGS}
+        for number in range(rounds + 1):
+            namespace = f"cost {number}"  # a `fifo` walk publishes what it has repaired; the donors last a round
+            self.client.generate(donor, new_tokens=1, namespace=namespace)
+            for name, wish in SETTINGS.items():
+                reuse = {"strategy": "kvshare", **wish}
+                answer = self.client.generate(prompt, new_tokens=32, namespace=namespace, reuse=reuse)
+                assert answer.report["outcome"] == "reused", answer.report
+                if number:  # the first round warms up
+                    taken[name].append(answer.tpot_s)
+            print(f"\rround {number}/{rounds}", end="", flush=True)
+        ratios = {name: sorted(a / b for a, b in zip(taken[name], taken[PLAIN], strict=True)) for name in SETTINGS}
+        return {
+            "rounds": rounds,
+            "prompt_tokens": len(prompt),
+            "tpot_s": {name: statistics.median(taken[name]) for name in SETTINGS},
+            "ratio_median": {name: statistics.median(ratios[name]) for name in SETTINGS},
+            "ratio_quartiles": {name: statistics.quantiles(ratios[name], n=4)[::2] for name in SETTINGS},
+        }
+
+    def worth(self, number: int) -> dict | None:
+        """Mean KL over each part of one case's answer, by strategy and setting; None when the answer is too short."""
+        donor, prompt = self.case(number)
+        length, file = PARTS[-1][1], Path("out/repair-heard.bin")
+        asked = {"new_tokens": length, "namespace": f"full {number}", "reuse": False}
+        full = self.client.generate(prompt, **asked).token_ids
+        if len(full) < length:
+            return None
+        reference = decoded(self.client, prompt, full, f"full {number}", False, file)
+        found = {}
+        for strategy in STRATEGIES:
+            for name in WORTH:
+                namespace = f"{strategy} {name} {number}"
+                self.client.generate(donor, new_tokens=1, namespace=namespace)
+                reuse = {"strategy": strategy, **SETTINGS[name]}
+                kl = divergence(reference, decoded(self.client, prompt, full, namespace, reuse, file))
+                found[f"{strategy}, {name}"] = [float(kl[a:b].mean()) for a, b in PARTS]
+                print(f"case {number} {strategy}, {name}: {[round(x, 5) for x in found[f'{strategy}, {name}']]}")
+        file.unlink()
+        return found
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--cases", type=int, default=8)
-    options.add_argument("--answer", type=int, default=300, help="tokens")
+    options.add_argument("part", choices=["cost", "worth"])
+    options.add_argument("--rounds", type=int, default=5, help="of cost")
+    options.add_argument("--cases", type=int, nargs="+", default=[0, 1, 2], help="of worth, by number")
     options = options.parse_args()
-    arguments = [*server.fill_defaults(["--model-path", str(model.prepare())]), "--log-level", "warning"]
+    arguments = [*server.fill_defaults(["--model-path", str(model.prepare())]), *server.SMALL_POOL]
+    arguments += ["--log-level", "warning", "--enable-custom-logit-processor"]
     environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, Path("out/repair-server.log")
-    tpot = {name: [] for name in SETTINGS}
-    same = {name: [] for name in SETTINGS}
+    kept = json.loads(FILE.read_text()) if FILE.exists() else {}
     with server.running(arguments, env=environment, log=log) as url:
-        client = Client(url)
-        sections = library(client)
-        for number in range(options.cases):
-            chosen = [sections[(number * DOCUMENTS + i) % len(sections)] for i in range(DOCUMENTS)]
-            prompt = client.tokenize(prompt_of("Answer at length.", chosen[::-1], "Explain every section in turn."))
-            asked = {"new_tokens": options.answer, "namespace": f"full {number}", "reuse": False}
-            full = client.generate(prompt, **asked).token_ids
-            for name, wish in SETTINGS.items():
-                # A `fifo` walk publishes what it has repaired: every run gets donors of its own.
-                namespace = f"{name} {number}"
-                client.generate(prompt_of("Be brief.", chosen, "?"), new_tokens=1, namespace=namespace)
-                wish = {"strategy": STRATEGY, **wish}
-                answer = client.generate(prompt, new_tokens=options.answer, namespace=namespace, reuse=wish)
-                assert answer.report["outcome"] == "reused", answer.report
-                tpot[name].append(answer.tpot_s)
-                same[name].append(common_beginning(answer.token_ids, full))
-            print(f"\rcase {number + 1}/{options.cases}", end="", flush=True)
-    plain = tpot["plain"]
-    result = {
-        "settings": {"cases": options.cases, "answer_tokens": options.answer, "strategy": STRATEGY},
-        "tpot_plain_s": statistics.median(plain),
-        "results": {
-            name: {
-                "tpot_ratio_median": statistics.median(a / b for a, b in zip(tpot[name], plain, strict=True)),
-                "tpot_ratio_range": [f(a / b for a, b in zip(tpot[name], plain, strict=True)) for f in (min, max)],
-                "common_beginning_mean": statistics.fmean(same[name]),
-                "common_beginning": same[name],
-            }
-            for name in SETTINGS
-        },
-    }
-    Path("benchmarks").mkdir(exist_ok=True)
-    Path("benchmarks/repair.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{json.dumps(result, indent=1)}")
+        bench = Bench(Client(url))
+        if options.part == "cost":
+            kept["cost"] = bench.cost(options.rounds)
+        else:
+            cases = kept.setdefault("worth", {"parts": PARTS, "kl": {}})["kl"]
+            for number in options.cases:
+                cases[str(number)] = bench.worth(number)
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"\n{json.dumps(kept[options.part], indent=1)}")
 
 
 if __name__ == "__main__":

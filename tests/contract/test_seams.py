@@ -65,6 +65,7 @@ TOUCHES_SGLANG = {
     "kvshare_sched.seams",
     "kvshare_sched.doctor",
     "kvshare_sched.demo",
+    "kvshare_sched.evaluation.forced",
     "kvshare_sched.cpu",
     "kvshare_sched.cpu.platform",
     "kvshare_sched.cpu.attention",

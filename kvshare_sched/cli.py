@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--cases", type=int, default=60, help="dealt to the tasks in turn")
     quality.add_argument("--tasks", type=_names, default=list(TASKS), help=f"of {','.join(TASKS)}; or .jsonl files")
     quality.add_argument("--methods", type=_names, default=list(METHODS), help=f"of {','.join(METHODS)}")
-    quality.add_argument("--ratios", type=_numbers, default=[0.15, 0.3], help="of kvshare; the first is the main one")
+    quality.add_argument("--ratios", type=_numbers, default=[0.18, 0.3], help="of kvshare; the first is the main one")
     quality.add_argument("--donors", type=int, default=4, help="earlier contexts of each document")
     quality.add_argument("--model-path", help="a model folder; without it the embedded model")
     quality.add_argument("--out", default="out/eval", help="folder for report.json, report.md and frontier.png")

@@ -10,6 +10,7 @@ from harness import chat, sections, settled
 ARGUMENTS = ["--chunked-prefill-size", "512", "--max-running-requests", "24"]
 ENVIRONMENT = {"KVSHARE_TENANT_WEIGHTS": "gold=3", "KVSHARE_QUANTUM": "1000"}
 DOCS = sections()
+SERVICE = 'kvshare_tenant_service_tokens{tenant="gone"}'
 
 
 def busy(server, pool, seed: int):
@@ -62,9 +63,11 @@ def test_an_abort_while_waiting_costs_its_tenant_nothing(server):
         blocker = busy(server, pool, 2)
         body = server._body([*range(300, 1500)], 4, "gone", True) | {"rid": "abort-me"}
         waiting = pool.submit(server.post, "/generate", body)
-        time.sleep(0.2)
+        deadline = time.monotonic() + 30
+        while SERVICE not in server.metrics() and time.monotonic() < deadline:
+            time.sleep(0.02)  # until a pass has seen it wait
         server.post("/abort_request", {"rid": "abort-me"})
         assert waiting.exception() is not None or waiting.result().json()["meta_info"]["completion_tokens"] == 0
         blocker.result()
     server.generate("Look again.", new_tokens=1, namespace="anybody")
-    assert server.metrics()['kvshare_tenant_service_tokens{tenant="gone"}'] == 0
+    assert server.metrics()[SERVICE] == 0

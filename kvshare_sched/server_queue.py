@@ -166,10 +166,7 @@ class ServerQueue:
     def _room(self) -> float:
         """Tokens beside the next chunk of the long prompt; 0 without one, and when that chunk is its last."""
         long = self._long
-        if (
-            long is None
-            or self._work_between(long, long.extend_end, len(long.full_untruncated_fill_ids)) <= self._chunk
-        ):
+        if long is None or self._work_between(long, long.extend_end, len(long.full_untruncated_fill_ids)) <= self._chunk:
             return 0.0
         return self._chunk / 2
 

@@ -85,6 +85,9 @@ class KVShareConfig:
     )
     duplicate_wait: int = _setting(8, "passes", "waits for a running request with the same text; 0: none", low=0)
 
+    tenants_file: str = _setting("", "path", "who may use the server; without it extra_key is the tenant")
+    borrow_log: str = _setting("", "path", "who borrowed what from whom, JSON lines; without it the server's log")
+
     def __post_init__(self):
         from kvshare_sched.strategies import names
 

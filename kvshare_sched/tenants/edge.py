@@ -12,11 +12,12 @@ import json
 import logging
 import time
 
-from kvshare_sched.tenants.file import TenantsFile
+from kvshare_sched.errors import ConfigError
 from kvshare_sched.tenants.identity import SERVER, Caller, Refusal, identify
 from kvshare_sched.tenants.namespaces import engine_mark
 from kvshare_sched.tenants.policy import read
 from kvshare_sched.tenants.quotas import Flights
+from kvshare_sched.tenants.reload import TenantsFile
 from kvshare_sched.tenants.stamping import requests_in, stamp_request
 
 logger = logging.getLogger(__name__)
@@ -170,13 +171,18 @@ def _count(tokenized) -> None:
         _edge.flights.grow(stamp.flight, len(tokenized.input_ids or ()) + (params.max_new_tokens or 0))
 
 
-def run_http_server(original, server_args, tokenizer_manager, *args, **kwargs):
+def run_http_server(
+    original, server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, *rest, **more
+):
     """Around `http_server._setup_and_run_http_server`: put the middleware around the app before it starts."""
-    _install(server_args, tokenizer_manager)
-    return original(server_args, tokenizer_manager, *args, **kwargs)
+    try:
+        _install(server_args, tokenizer_manager, scheduler_infos[0]["max_total_num_tokens"])
+    except ConfigError as problem:
+        raise SystemExit(f"kvshare: {problem}") from None
+    return original(server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, *rest, **more)
 
 
-def _install(server_args, manager) -> None:
+def _install(server_args, manager, pool: int) -> None:
     from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.entrypoints import http_server
     from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
@@ -192,7 +198,7 @@ def _install(server_args, manager) -> None:
         if not hasattr(getattr(TokenizerManager, name), "__wrapped__"):
             raise SystemExit(f"kvshare: TokenizerManager.{name} is not hooked; tenants could not be told apart.")
     config = KVShareConfig.load()
-    file = TenantsFile(config.tenants_file, settings.max_total_tokens or config.index_tokens, config.index_tokens)
+    file = TenantsFile(config.tenants_file, pool, config.index_tokens)
     _edge = Edge(
         file,
         mark_of(settings, manager.model_config),
@@ -201,7 +207,7 @@ def _install(server_args, manager) -> None:
     )
     http_server.app.add_middleware(Middleware, edge=_edge)
     logger.warning(
-        "kvshare: %d tenants from %s; keys and gateway decide, bodies do not",
+        "kvshare: %d tenants from %s: keys decide, bodies do not",
         len(file.current.tenants),
         config.tenants_file,
     )

@@ -1,10 +1,8 @@
-"""The tenants file: TOML in, frozen records out; pure but for `TenantsFile`, which reads it again after an edit."""
+"""The tenants file: TOML in, frozen records out. Pure."""
 
 from __future__ import annotations
 
 import difflib
-import logging
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -13,7 +11,6 @@ from types import MappingProxyType
 
 from kvshare_sched.errors import ConfigError
 
-logger = logging.getLogger(__name__)
 UNKNOWN = ("anonymous", "reject")
 ANONYMOUS = "anonymous"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -240,54 +237,3 @@ def _near(name: str, names) -> str:
 
 def _wrong(source: str, where: str, value, accepted: str) -> ConfigError:
     return ConfigError(f"{source}: {where} = {str(value)[:80]!r} is not accepted; accepted: {accepted}.")
-
-
-class TenantsFile:
-    """The state in force: that of the last good version of the file."""
-
-    def __init__(self, path: str, pool: int, index: int):
-        """Raises ConfigError. pool, index: tokens of KV and of indexed donors that promises must fit into."""
-        self._path, self._room = path, (pool, index)
-        self._seen = self._stamp()
-        self.current = self._read()
-        _announce(self.current)
-
-    def poll(self) -> Tenants:
-        """The state in force, after a look at the file's date. A bad edit is logged once and changes nothing."""
-        try:
-            stamp = self._stamp()
-            if stamp != self._seen:
-                self._seen = stamp
-                self.current = self._read()
-                logger.warning("kvshare: %s read again: %d tenants", self._path, len(self.current.tenants))
-                _announce(self.current)
-        except ConfigError as problem:
-            logger.error("kvshare: the tenants file stays as it was: %s", problem)
-        return self.current
-
-    def _stamp(self) -> tuple | None:
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
-    def _read(self) -> Tenants:
-        try:
-            with open(self._path, encoding="utf-8") as file:
-                text = file.read()
-        except (OSError, UnicodeDecodeError) as problem:
-            raise ConfigError(f"{self._path}: cannot be read: {problem}. Name a readable TOML file.") from None
-        found = parse(text, self._path)
-        found.check_room(*self._room)
-        return found
-
-
-def _announce(tenants: Tenants) -> None:
-    for group in tenants.groups.values():
-        if group.trusted:
-            logger.warning(
-                "kvshare: TRUSTED GROUP %s: %s borrow KV of EACH OTHER'S CONVERSATIONS. A member's prompts can steer "
-                "the answers of the others.",
-                *(group.name, ", ".join(group.members) or "nobody"),
-            )

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.tenants.file import TenantsFile, parse
+from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import hash_of
+from kvshare_sched.tenants.reload import TenantsFile
 
 A, B, C = (hash_of(name * 20) for name in "abc")
 GOOD = f"""

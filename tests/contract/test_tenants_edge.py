@@ -1,0 +1,67 @@
+"""SGLang's HTTP process as the tenants' edge knows it: its routes, and what it does with a stamped body."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from kvshare_sched.tenants import edge
+from kvshare_sched.tenants.file import parse
+from kvshare_sched.tenants.identity import Caller
+from kvshare_sched.tenants.namespaces import name_of
+from kvshare_sched.tenants.policy import read
+from kvshare_sched.tenants.stamping import requests_in, stamp_request
+
+TENANTS = parse("[groups.handbook]\n[tenants.acme]\ngroups = ['handbook']\nweight = 2", "f")
+OWN = name_of("mark", "tenant", "acme")
+ROUTES = {getattr(route, "path", "") for route in http_server.app.routes}
+
+
+def test_every_path_a_tenant_may_call_exists():
+    assert edge.SERVED | edge.HEALTH <= ROUTES
+
+
+def test_whatever_generates_is_served_and_nothing_that_manages():
+    generating = {"/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"}
+    assert generating <= edge.SERVED
+    managing = {path for path in ROUTES if any(word in path for word in ("flush", "update", "session", "abort", "lora"))}
+    assert len(managing) > 10 and not managing & edge.SERVED
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"text": "x"},
+        {"text": "x", "extra_key": "k", "cache_salt": ""},
+        {"input_ids": [1, 2], "sampling_params": {"n": 2}},
+        {"text": ["x", "y"]},
+        {"text": ["x", "y"], "extra_key": ["a", "b"], "cache_salt": "s"},
+        {"text": ["x", "y"], "cache_salt": ["", "s"], "sampling_params": [{}, {"custom_params": {"kvshare": "off"}}]},
+        {"input_ids": [[1], [2]], "sampling_params": {"n": 3}},
+    ],
+)
+def test_sglang_hands_every_part_of_a_stamped_body_to_one_tenant(values):
+    """As `TokenizerManager.generate_request` does it: normalised, then taken apart."""
+    obj = GenerateReqInput(**values)
+    count = requests_in(obj)
+    stamp_request(obj, Caller(TENANTS.tenants["acme"]), TENANTS, "mark", 7)
+    obj.normalize_batch_and_arguments()
+    parts = [obj] if obj.is_single else [obj[i] for i in range(obj.batch_size)]
+    assert count == len(parts) * obj.parallel_sample_num
+    for part in parts:
+        assert part.extra_key == OWN
+        assert part.cache_salt is None or len(part.cache_salt) == 64
+        params = SamplingParams(**{k: v for k, v in part.sampling_params.items() if k != "n"})
+        stamp = read(params.custom_params)
+        assert stamp.tenant == "acme" and stamp.flight == 7 and stamp.lenders[0].rule == "document"
+
+
+def test_the_hooked_places_are_what_the_hooks_expect():
+    assert inspect.isasyncgenfunction(TokenizerManager.generate_request)
+    assert inspect.iscoroutinefunction(TokenizerManager._send_one_request)
+    assert inspect.iscoroutinefunction(TokenizerManager._send_batch_request)

@@ -8,7 +8,7 @@ nothing. Pure.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvshare_sched.tenants.file import Tenant, Tenants
@@ -43,6 +43,10 @@ class Stamp:
     flight: int = 0  # of the process that counts requests in flight
     document: str = ""
     forget: bool = False  # the document is to be dropped
+
+    def private(self, extra_keys: Collection[str | None]) -> bool:
+        """Whether KV of any of these namespaces stems from another tenant's conversations."""
+        return any(one.rule == TRUSTED and one.extra_key in extra_keys for one in self.lenders)
 
     def to_text(self) -> str:
         """For `custom_params`, which hold JSON values only."""

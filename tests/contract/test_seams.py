@@ -27,7 +27,7 @@ LAYERS = (
     {"kvshare_sched.tenants.identity", "kvshare_sched.tenants.quotas", "kvshare_sched.tenants.reload"},
     {"kvshare_sched.tenants.policy"},
     {"kvshare_sched.tenants.log", "kvshare_sched.tenants.stamping"},
-    {"kvshare_sched.tenants.edge"},
+    {"kvshare_sched.tenants.desk", "kvshare_sched.tenants.edge"},
     {"radix_ext.segment_index", "radix_ext.matcher", "kvshare_sched.strategies.base"},
     {
         "radix_ext.donors",

@@ -14,9 +14,9 @@ def register() -> None:
         register_radix_cache_backend(BACKEND, _radix_cache)
     hooks = {**support.hooks(), **client_report.hooks()}
     if _with_tenants():
-        from kvshare_sched.tenants import edge
+        from kvshare_sched.tenants import hooks as tenant_hooks
 
-        hooks |= edge.hooks()
+        hooks |= tenant_hooks.hooks()
     for seam, hook in hooks.items():
         HookRegistry.register(seam, hook, HookType.AROUND)
 

@@ -173,6 +173,7 @@ SEAMS = (
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request", ("self", "obj", "request")),
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._send_one_request", ("tokenized_obj",)),
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._send_batch_request", ("tokenized_objs",)),
+    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.config_value", ("name",)),
     Seam(f"{_SRT}.managers.tokenizer_manager.ServerStatus.Starting"),
     Seam(
         f"{_SRT}.managers.io_struct.GenerateReqInput",

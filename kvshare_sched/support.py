@@ -111,6 +111,10 @@ def refusals(server_args) -> list[str]:
         found.append(
             "SGLANG_RUST_SERVER is not supported with a tenants file: its HTTP server runs no Python. Unset it."
         )
+    if config.library and not config.tenants_file:
+        found.append("KVSHARE_LIBRARY lends to the groups of a tenants file. Set KVSHARE_TENANTS_FILE as well.")
+    if config.library and server_args.dp_size != 1:
+        found.append(f"dp_size={server_args.dp_size} is not supported with KVSHARE_LIBRARY: one engine would hold it.")
     if server_args.kv_cache_dtype not in _KV_DTYPES:
         found.append(
             f"kv_cache_dtype={server_args.kv_cache_dtype!r} is not supported: rotating quantised keys is untested. "

@@ -29,7 +29,7 @@ class Desk:
         self.limits: dict[str, DonorLimits] = {}
         self._log = log
         self._held: dict[str, dict[int, tuple[int, int]]] = {}  # owner -> donor -> (length, pinned node)
-        self._documents: dict[tuple[str, str], int] = {}  # (owner, document) -> donor
+        self._documents: dict[tuple[str, str], set[int]] = {}  # (owner, document) -> donors that hold its text
 
     def learn(self, stamp: Stamp) -> None:
         """A request of this tenant is admitted."""
@@ -72,14 +72,13 @@ class Desk:
     def document(self, owner: str, name: str, donor_id: int | None) -> None:
         """A document of the library has become a donor."""
         if donor_id is not None and len(self._documents) < _KNOWN:
-            self._documents[owner, name] = donor_id
+            self._documents.setdefault((owner, name), set()).add(donor_id)
 
     def forget(self, owner: str, name: str, index, tree) -> None:
         """A document has left the library: nobody borrows it from now on."""
-        donor_id = self._documents.pop((owner, name), None)
-        if donor_id is not None:
+        for donor_id in sorted(self._documents.pop((owner, name), ())):
             index.remove(donor_id)
-            self.published(owner, index, tree)
+        self.published(owner, index, tree)
 
     def flushed(self) -> None:
         """The tree was emptied, and the pins with it."""

@@ -1,24 +1,20 @@
-"""Identity at SGLang's HTTP edge: an ASGI middleware finds the caller, a hook writes it into every request.
+"""The door: an ASGI middleware that finds out who is asking, and refuses whoever may not use a path.
 
-Both live in the process that talks HTTP. They are wired only when KVSHARE_TENANTS_FILE is set and our backend is
-chosen; otherwise SGLang runs as it is.
+Knows nothing of SGLang but its paths. What comes of the caller is in `hooks`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import contextvars
 import json
 import logging
 import time
+from collections.abc import Callable
 
-from kvshare_sched.errors import ConfigError
 from kvshare_sched.tenants.identity import SERVER, Caller, Refusal, identify
-from kvshare_sched.tenants.namespaces import engine_mark
-from kvshare_sched.tenants.policy import read
 from kvshare_sched.tenants.quotas import Flights
 from kvshare_sched.tenants.reload import TenantsFile
-from kvshare_sched.tenants.stamping import requests_in, stamp_request
 
 logger = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 1.0  # between two looks at the file's date
@@ -34,21 +30,29 @@ SERVED = frozenset(
     }
 )
 _START = frozenset({"/model_info", "/generate", "/encode", "/freeze_gc"})  # what a starting server asks itself
-_caller: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("kvshare_caller", default=None)
+own_request: contextvars.ContextVar[bool] = contextvars.ContextVar("kvshare_own_request", default=False)
+caller_here: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("kvshare_caller", default=None)
 
 
 class Edge:
     """What the HTTP process knows of tenants: the file in force, requests in flight, the engine's mark."""
 
-    def __init__(self, file: TenantsFile, mark: str, *, low_first: bool = False, starting=lambda: False):
-        """low_first: SGLang runs small priorities first. starting(): the server sends itself its first requests."""
+    def __init__(self, file: TenantsFile, mark: Callable[[], str], *, sign: int = 0, starting=lambda: False):
+        """mark(): that of the engine, which changes with its weights. sign: 1 where SGLang runs large priorities first,
+        -1 small ones, 0 where it looks at none. starting(): the server sends itself its first requests.
+        """
         self.flights = Flights()
-        self.mark = mark
+        self._mark = mark
         self.starting = starting
-        self.low_first = low_first
+        self.sign = sign
         self._file = file
         self._looked = time.monotonic()
         self._frozen = False
+
+    @property
+    def mark(self) -> str:
+        """The engine's mark now."""
+        return self._mark()
 
     def tenants(self):
         """The tenants in force now."""
@@ -59,9 +63,9 @@ class Edge:
 
     def admit(self, scope) -> Caller | Refusal:
         """Whether a caller may use a path."""
-        path = scope["path"].removeprefix(scope.get("root_path") or "")
-        tenants = self.tenants()
-        if scope["type"] == "http" and (path in HEALTH or path in tenants.open_paths or self._own(scope, path)):
+        path, tenants = path_of(scope), self.tenants()
+        opened = path in HEALTH or (path in tenants.open_paths and path not in SERVED)
+        if scope["type"] == "http" and (opened or self._own(scope, path)):
             return Caller(SERVER)
         caller = identify(scope["headers"], tenants)
         if isinstance(caller, Refusal) or caller.operator:
@@ -83,16 +87,21 @@ class Edge:
         return self.starting()
 
 
+def path_of(scope) -> str:
+    """The path as routes name it."""
+    return scope["path"].removeprefix(scope.get("root_path") or "")
+
+
 class Middleware:
     """ASGI: identify, refuse or pass on with the caller in the context that every handler runs in."""
 
-    def __init__(self, app, edge: Edge, admin=None):
-        """admin: an ASGI application for /kvshare/ paths, operators only; or None."""
-        self.app, self.edge, self.admin = app, edge, admin
+    def __init__(self, app, edge: Edge, admin=None, background=None):
+        """admin: an ASGI application for /kvshare/ paths, operators only; background: runs as long as the app."""
+        self.app, self.edge, self.admin, self.background = app, edge, admin, background
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
+            await self._live(scope, receive, send)
             return
         try:
             caller = self.edge.admit(scope)
@@ -102,12 +111,20 @@ class Middleware:
         if isinstance(caller, Refusal):
             await _refuse(scope, send, caller)
             return
-        token = _caller.set(caller)
+        token = caller_here.set(caller)
         try:
-            ours = self.admin is not None and caller.operator and scope["path"].startswith("/kvshare/")
+            ours = self.admin is not None and caller.operator and path_of(scope).startswith("/kvshare/")
             await (self.admin if ours else self.app)(scope, receive, send)
         finally:
-            _caller.reset(token)
+            caller_here.reset(token)
+
+    async def _live(self, scope, receive, send) -> None:
+        task = asyncio.create_task(self.background()) if self.background is not None else None
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            if task is not None:
+                task.cancel()
 
 
 async def _refuse(scope, send, refusal: Refusal) -> None:
@@ -122,115 +139,3 @@ async def _refuse(scope, send, refusal: Refusal) -> None:
         headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-# ---- hooks ----
-
-_edge: Edge | None = None  # of this process; None: identity is not in force here
-own_request: contextvars.ContextVar[bool] = contextvars.ContextVar("kvshare_own_request", default=False)
-
-
-async def generate_request(original, manager, obj, request=None):
-    """Around `TokenizerManager.generate_request`, which every endpoint calls: the caller decides, not the body."""
-    edge = _edge
-    if edge is None or own_request.get() or not hasattr(obj, "extra_key"):  # embeddings have no namespace
-        async with contextlib.aclosing(original(manager, obj, request)) as answers:
-            async for answer in answers:
-                yield answer
-        return
-    caller = _caller.get() or identify((), edge.tenants())
-    if isinstance(caller, Refusal):
-        raise ValueError(caller.message)
-    flight = edge.flights.start(caller.tenant, requests_in(obj))
-    try:
-        stamp_request(obj, caller, edge.tenants(), edge.mark, flight, low_first=edge.low_first)
-        async with contextlib.aclosing(original(manager, obj, request)) as answers:
-            async for answer in answers:
-                yield answer
-    finally:
-        edge.flights.end(flight)
-
-
-async def send_one(original, manager, tokenized):
-    """Around `TokenizerManager._send_one_request`: here the length of a prompt is known."""
-    _count(tokenized)
-    return await original(manager, tokenized)
-
-
-async def send_batch(original, manager, tokenized):
-    """Around `TokenizerManager._send_batch_request`."""
-    for one in tokenized:
-        _count(one)
-    return await original(manager, tokenized)
-
-
-def _count(tokenized) -> None:
-    params = getattr(tokenized, "sampling_params", None)
-    stamp = read(getattr(params, "custom_params", None)) if _edge is not None else None
-    if stamp is not None:
-        _edge.flights.grow(stamp.flight, len(tokenized.input_ids or ()) + (params.max_new_tokens or 0))
-
-
-def run_http_server(
-    original, server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, *rest, **more
-):
-    """Around `http_server._setup_and_run_http_server`: put the middleware around the app before it starts."""
-    try:
-        _install(server_args, tokenizer_manager, scheduler_infos[0]["max_total_num_tokens"])
-    except ConfigError as problem:
-        raise SystemExit(f"kvshare: {problem}") from None
-    return original(server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, *rest, **more)
-
-
-def _install(server_args, manager, pool: int) -> None:
-    from sglang.srt.arg_groups.model_override_base import resolved_view
-    from sglang.srt.entrypoints import http_server
-    from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
-
-    from kvshare_sched.config import KVShareConfig
-    from kvshare_sched.plugin import BACKEND
-
-    global _edge
-    settings = resolved_view(server_args)
-    if settings.radix_cache_backend != BACKEND:
-        return
-    for name in ("generate_request", "_send_one_request", "_send_batch_request"):
-        if not hasattr(getattr(TokenizerManager, name), "__wrapped__"):
-            raise SystemExit(f"kvshare: TokenizerManager.{name} is not hooked; tenants could not be told apart.")
-    config = KVShareConfig.load()
-    file = TenantsFile(config.tenants_file, pool, config.index_tokens)
-    _edge = Edge(
-        file,
-        mark_of(settings, manager.model_config),
-        low_first=settings.schedule_low_priority_values_first,
-        starting=lambda: manager.server_status == ServerStatus.Starting,
-    )
-    http_server.app.add_middleware(Middleware, edge=_edge)
-    logger.warning(
-        "kvshare: %d tenants from %s: keys decide, bodies do not",
-        len(file.current.tenants),
-        config.tenants_file,
-    )
-
-
-def mark_of(settings, model) -> str:
-    """The engine's mark; settings: resolved server arguments, model: SGLang's ModelConfig."""
-    from kvshare_sched import __version__
-
-    text = model.hf_text_config
-    return engine_mark(
-        *(settings.model_path, settings.revision, settings.weight_version, settings.tokenizer_path),
-        *(settings.chat_template, str(model.dtype), settings.kv_cache_dtype, settings.page_size),
-        *(getattr(text, "rope_theta", None), getattr(text, "rope_scaling", None), __version__),
-    )
-
-
-def hooks() -> dict[str, object]:
-    """Seam -> hook body, all of kind AROUND."""
-    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-    return {
-        f"{manager}.generate_request": generate_request,
-        f"{manager}._send_one_request": send_one,
-        f"{manager}._send_batch_request": send_batch,
-        "sglang.srt.entrypoints.http_server._setup_and_run_http_server": run_http_server,
-    }

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 
 from kvshare_sched.tenants.file import Tenants
 from kvshare_sched.tenants.identity import Caller
-from kvshare_sched.tenants.namespaces import TENANT, name_of, within
+from kvshare_sched.tenants.namespaces import TENANT, name_of, owner_of, within
 from kvshare_sched.tenants.policy import STAMP_KEY, Stamp, stamp_of
 
 
-def stamp_request(obj, caller: Caller, tenants: Tenants, mark: str, flight: int, *, low_first: bool = False) -> None:
+def stamp_request(obj, caller: Caller, tenants: Tenants, mark: str, flight: int, *, sign: int = 0) -> None:
     """Give a request its tenant's namespace, priority and stamp. Raises ValueError for what tenants may not ask for.
 
     obj: a `GenerateReqInput` before SGLang has normalised it; extra_key, cache_salt and sampling_params may be lists,
-    one entry a prompt. low_first: SGLang runs small priorities first.
+    one entry a prompt. sign: 1 where large priorities come first, -1 where small ones do, 0 where none is looked at.
     """
     if obj.session_params:
         raise ValueError(
@@ -29,14 +29,17 @@ def stamp_request(obj, caller: Caller, tenants: Tenants, mark: str, flight: int,
     obj.extra_key = name_of(mark, TENANT, tenant.name)
     if isinstance(obj.cache_salt, list):
         obj.extra_key = [obj.extra_key] * len(obj.cache_salt)
-    obj.priority = _priority(obj.priority, tenant.priority, low_first)
+    obj.priority = _priority(obj.priority, tenant.priority, sign)
     _write(obj, stamp_of(tenant, tenants, mark, flight))
 
 
-def stamp_document(obj, extra_key: str, group: str, document: str, *, forget: bool = False) -> None:
-    """Make a request one of the server's own, that computes a document for a group, or drops it."""
+def stamp_document(obj, extra_key: str, document: str, *, guaranteed: int, forget: bool = False) -> None:
+    """Make a request one of the server's own, that computes a document in a group's namespace, or drops it.
+
+    guaranteed: tokens of documents that stay pinned.
+    """
     obj.extra_key, obj.cache_salt = extra_key, None
-    _write(obj, Stamp(f"documents:{group}", document=document, forget=forget), kvshare="off")
+    _write(obj, Stamp(owner_of(extra_key), document=document, guaranteed=guaranteed, forget=forget), kvshare="off")
 
 
 def _salts(obj):
@@ -60,13 +63,11 @@ def _text(name: str, value) -> str | None:
     return value
 
 
-def _priority(asked, ceiling: int | None, low_first: bool):
-    """The asked priority, at most as urgent as the ceiling. Without one the body decides, as in plain SGLang."""
-    if ceiling is None:
+def _priority(asked: int | None, ceiling: int | None, sign: int) -> int | None:
+    """The asked priority, 0 when none is, at most as urgent as the ceiling. Without a ceiling the body decides."""
+    if ceiling is None or sign == 0:
         return asked
-    if asked is None:
-        return ceiling if low_first else min(0, ceiling)
-    return max(asked, ceiling) if low_first else min(asked, ceiling)
+    return sign * min(sign * (asked or 0), sign * ceiling)
 
 
 def _write(obj, stamp: Stamp, **more: object) -> None:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvshare_sched.tenants import edge
-from kvshare_sched.tenants.edge import Edge, Middleware
+from kvshare_sched.tenants import hooks
+from kvshare_sched.tenants.edge import Edge, Middleware, caller_here
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import Caller, hash_of
 from kvshare_sched.tenants.namespaces import name_of, owner_of
@@ -50,14 +50,14 @@ def body(**values):
             "input_embeds",
         )
     )
-    return SimpleNamespace(**empty | values)
+    return SimpleNamespace(**empty | {"stream": False} | values)
 
 
 @pytest.fixture
 def desk(tmp_path):
     path = tmp_path / "tenants.toml"
     path.write_text(FILE)
-    made = Edge(TenantsFile(str(path), 10_000, 10_000), "mark")
+    made = Edge(TenantsFile(str(path), 10_000, 10_000), lambda: "mark")
     made.path = path
     return made
 
@@ -67,14 +67,14 @@ def ask(desk, path, *headers, kind="http", client="10.0.0.9", admin=None):
     sent, seen = [], []
 
     async def app(scope, receive, send):
-        seen.append(edge._caller.get())
+        seen.append(caller_here.get())
 
     async def send(message):
         sent.append(message)
 
     scope = {"type": kind, "path": path, "headers": list(headers), "client": (client, 1)}
     asyncio.run(Middleware(app, desk, admin)(scope, None, send))
-    assert edge._caller.get() is None
+    assert caller_here.get() is None
     if seen:
         return 200, seen[0].tenant.name if seen[0] else None
     return sent[0].get("status", sent[0].get("code")), None
@@ -100,6 +100,8 @@ def test_tenants_reach_what_serves_and_operators_the_rest(desk):
     ):
         assert ask(desk, path, KEY) == (403, None)
         assert ask(desk, path, ROOT) == (200, "(operators)")
+    desk._file.current = parse(FILE.replace('"/metrics"', '"/metrics", "/generate"'), "f")
+    assert ask(desk, "/generate", KEY) == (200, "acme"), "what generates needs an identity, open or not"
     assert ask(desk, "/health") == ask(desk, "/metrics") == (200, "(server)")
     assert ask(desk, "/v1/realtime", KEY, kind="websocket") == (1008, None)
     assert ask(desk, "/health", kind="websocket") == (1008, None)
@@ -202,14 +204,15 @@ def test_what_cannot_be_stamped_is_refused_as_the_clients_fault(values):
 
 
 def test_priorities_end_at_the_ceiling():
-    def priority(asked, low_first=False, name="acme"):
+    def priority(asked, sign=1, name="acme"):
         tenants, obj = parse(FILE, "f"), body(priority=asked)
-        stamp_request(obj, Caller(tenants.tenants[name]), tenants, "mark", 0, low_first=low_first)
+        stamp_request(obj, Caller(tenants.tenants[name]), tenants, "mark", 0, sign=sign)
         return obj.priority
 
     assert [priority(p) for p in (None, 3, 5, 99)] == [0, 3, 5, 5]
-    assert [priority(p, low_first=True) for p in (None, 3, 5, 99)] == [5, 5, 5, 99]
+    assert [priority(p, sign=-1) for p in (None, 3, 5, 99)] == [5, 5, 5, 99]
     assert [priority(p, name="globex") for p in (None, 99)] == [None, 99], "without a ceiling nothing changes"
+    assert [priority(p, sign=0) for p in (None, 99)] == [None, 99], "SGLang may refuse a priority it does not use"
 
 
 def test_requests_in_a_body():
@@ -253,7 +256,7 @@ def drive(desk, obj, headers=(KEY,), tokens=10, answers=2, fail=None, stop_after
         async def send(manager, tokenized):
             return None
 
-        await edge.send_one(send, manager, sent)
+        await hooks.send_one(send, manager, sent)
         came.append(dict(desk.flights.tokens))
         for n in range(answers):
             if fail is not None:
@@ -261,17 +264,17 @@ def drive(desk, obj, headers=(KEY,), tokens=10, answers=2, fail=None, stop_after
             yield n
 
     async def app(scope, receive, send):
-        async for answer in edge.generate_request(original, None, obj):
+        async for answer in hooks.generate_request(original, None, obj):
             came.append(answer)
             if stop_after is not None:
                 break
 
-    edge._edge = desk
+    hooks._edge = desk
     try:
         scope = {"type": "http", "path": "/generate", "headers": list(headers), "client": None}
         asyncio.run(Middleware(app, desk)(scope, None, None))
     finally:
-        edge._edge = None
+        hooks._edge = None
     return engine, came
 
 
@@ -292,6 +295,26 @@ def test_counts_are_given_back_after_an_error_and_a_disconnect(desk):
     assert not desk.flights.requests and not desk.flights.tokens
 
 
+def test_a_handler_that_takes_one_answer_and_no_more_gives_the_count_back(desk):
+    async def original(manager, obj, request):
+        yield "answer"
+
+    async def once():
+        answers = hooks.generate_request(original, None, body(text="x"))
+        caller_here.set(Caller(desk.tenants().tenants["acme"]))
+        assert await anext(answers) == "answer" and not desk.flights.requests
+        answers = hooks.generate_request(original, None, body(text="x", stream=True))
+        assert await anext(answers) == "answer" and desk.flights.requests == {"acme": 1}
+        await answers.aclose()
+
+    hooks._edge = desk
+    try:
+        asyncio.run(once())
+    finally:
+        hooks._edge = None
+    assert not desk.flights.requests
+
+
 def test_a_full_tenant_is_told_at_the_door(desk):
     acme = desk.tenants().tenants["acme"]
     desk.flights.start(acme, 2)
@@ -306,16 +329,16 @@ def test_without_a_caller_the_default_applies(desk):
         yield obj.extra_key
 
     async def collect():
-        return [answer async for answer in edge.generate_request(original, None, body(text="x"))]
+        return [answer async for answer in hooks.generate_request(original, None, body(text="x"))]
 
-    edge._edge = desk
+    hooks._edge = desk
     try:
         assert owner_of(asyncio.run(collect())[0]) == "anonymous"
         desk.tenants = lambda: parse('unknown = "reject"', "f")
         with pytest.raises(ValueError, match="API key"):
             asyncio.run(collect())
     finally:
-        edge._edge = None
+        hooks._edge = None
 
 
 def test_without_a_tenants_file_nothing_is_touched():
@@ -324,7 +347,7 @@ def test_without_a_tenants_file_nothing_is_touched():
 
     async def collect():
         obj = body(text="x", extra_key="mine", sampling_params={"a": 1})
-        return [answer async for answer in edge.generate_request(original, None, obj)]
+        return [answer async for answer in hooks.generate_request(original, None, obj)]
 
     assert asyncio.run(collect()) == [("mine", {"a": 1})]
 

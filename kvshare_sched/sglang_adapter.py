@@ -118,10 +118,12 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     if not admitted:
         pipeline.withdraw(session)
         idle = not adder.can_run_list and (adder.running_batch is None or not adder.running_batch.reqs)
-        if session.plan is None or not idle:
+        if not idle or (session.plan is None and not pipeline.desk.held_tokens):
             return result
         # Nothing else runs, so waiting frees nothing: without the pins the donors themselves can make room.
-        session = replace(session, plan=None, reason=Reason.NO_MEMORY, outcome=Outcome.ORDINARY, leases={})
+        pipeline.desk.let_go(pipeline.tree)
+        reason = session.reason if session.plan is None else Reason.NO_MEMORY
+        session = replace(session, plan=None, reason=reason, outcome=Outcome.ORDINARY, leases={})
         result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result

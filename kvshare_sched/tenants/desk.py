@@ -80,6 +80,13 @@ class Desk:
             index.remove(donor_id)
         self.published(owner, index, tree)
 
+    def let_go(self, tree) -> None:
+        """Give all pins back: a request does not fit beside them. They return when their owners publish next."""
+        for held in self._held.values():
+            for _, node in held.values():
+                tree.let_go(node)
+        self._held.clear()
+
     def flushed(self) -> None:
         """The tree was emptied, and the pins with it."""
         self._held.clear()

@@ -68,13 +68,17 @@ class Tenants:
         known = (*self.tenants.values(), *((self.anonymous,) if self.anonymous else ()))
         return self.library_tokens + sum(tenant.guaranteed_donor_tokens for tenant in known)
 
-    def check_room(self, pool: int, index: int) -> None:
-        """Raise ConfigError when more is promised than a pool and an index of so many tokens can hold."""
-        room = min(int(_POOL_SHARE * pool), index)
+    def check_room(self, pool: int, index: int, longest: int) -> None:
+        """Raise ConfigError when more is promised than a pool and an index of so many tokens can spare.
+
+        longest: tokens of the longest request; beside what is promised it must always fit.
+        """
+        room = max(0, min(int(_POOL_SHARE * pool), pool - longest, index))
         if self.promised > room:
             raise ConfigError(
                 f"tenants file: guaranteed_donor_tokens and library.tokens sum up to {self.promised}; accepted: "
-                f"at most {room} (half of the KV pool's {pool} tokens, and KVSHARE_INDEX_TOKENS={index}). Lower them."
+                f"at most {room} (half of the KV pool's {pool} tokens, what a request of {longest} leaves of it, and "
+                f"KVSHARE_INDEX_TOKENS={index}). Lower them, or --context-length."
             )
 
 

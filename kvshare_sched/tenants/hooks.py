@@ -95,7 +95,7 @@ def _install(server_args, manager, pool: int) -> None:
         if not hasattr(getattr(TokenizerManager, name), "__wrapped__"):
             raise SystemExit(f"kvshare: TokenizerManager.{name} is not hooked; tenants could not be told apart.")
     config = KVShareConfig.load()
-    file = TenantsFile(config.tenants_file, pool, config.index_tokens)
+    file = TenantsFile(config.tenants_file, pool, config.index_tokens, manager.context_len)
     mark = functools.cache(functools.partial(mark_of, settings, manager.model_config))
     _edge = Edge(
         file,
@@ -128,7 +128,8 @@ def mark_of(settings, model, weights: str) -> str:
     text = model.hf_text_config
     return engine_mark(
         *(settings.model_path, settings.revision, weights, settings.tokenizer_path),
-        *(settings.chat_template, str(model.dtype), settings.kv_cache_dtype, settings.page_size),
+        *(settings.chat_template, settings.quantization, settings.json_model_override_args, str(model.dtype)),
+        *(settings.kv_cache_dtype, settings.page_size),
         *(getattr(text, "rope_theta", None), getattr(text, "rope_scaling", None), __version__),
     )
 

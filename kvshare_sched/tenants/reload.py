@@ -24,9 +24,9 @@ def read(path: str) -> Tenants:
 class TenantsFile:
     """The state in force: that of the last good version of the file."""
 
-    def __init__(self, path: str, pool: int, index: int):
-        """Raises ConfigError. pool, index: tokens of KV and of indexed donors that promises must fit into."""
-        self._path, self._room = path, (pool, index)
+    def __init__(self, path: str, pool: int, index: int, longest: int = 0):
+        """Raises ConfigError. pool, index, longest: as in `Tenants.check_room`."""
+        self._path, self._room = path, (pool, index, longest)
         self._seen = self._stamp()
         self.current = self._read()
         _announce(self.current)

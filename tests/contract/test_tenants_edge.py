@@ -9,6 +9,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
+from test_queue_adapter import Req, World
 
 from kvshare_sched.tenants import edge
 from kvshare_sched.tenants.file import parse
@@ -66,3 +67,14 @@ def test_the_hooked_places_are_what_the_hooks_expect():
     assert inspect.isasyncgenfunction(TokenizerManager.generate_request)
     assert inspect.iscoroutinefunction(TokenizerManager._send_one_request)
     assert inspect.iscoroutinefunction(TokenizerManager._send_batch_request)
+
+
+def test_the_order_of_the_queue_uses_the_weight_in_the_stamp():
+    world = World(tenants_file="f")
+    req = Req("r", tenant=OWN)
+    obj = GenerateReqInput(text="x")
+    stamp_request(obj, Caller(TENANTS.tenants["acme"]), TENANTS, "mark", 7)
+    req.sampling_params.custom_params = obj.sampling_params["custom_params"]
+    world.waiting = [req]
+    world.order()
+    assert world.queue._accounts.weights == {"acme": 2.0} and world.queue.failures == 0

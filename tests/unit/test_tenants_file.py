@@ -139,10 +139,10 @@ def test_any_value_anywhere_is_accepted_or_refused_in_one_way(data):
 
 def test_more_promised_than_there_is_room_for_is_refused():
     found = parse(GOOD, "f")
-    found.check_room(pool=6000, index=3000)
-    for pool, index in ((5998, 10_000), (10_000, 2999)):
+    found.check_room(pool=6000, index=3000, longest=3000)
+    for room in ((5998, 10_000, 0), (10_000, 2999, 0), (10_000, 10_000, 7001), (10_000, 10_000, 20_000)):
         with pytest.raises(ConfigError, match="sum up to 3000"):
-            found.check_room(pool, index)
+            found.check_room(*room)
 
 
 # ---- read again ----

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,6 +304,15 @@ def test_guaranteed_donors_are_pinned_as_they_grow_and_let_go_after(world):
     assert not tree.held and world.desk.held_tokens == 0 and len(index.donors) == 3
 
 
+def test_pins_give_way_and_come_back(world):
+    world.desk.learn(Stamp("acme", guaranteed=1300))
+    world.donate(space("acme"), 1)
+    world.desk.let_go(world.tree)
+    assert not world.tree.held and world.desk.held_tokens == 0
+    world.donate(space("acme"), 2)
+    assert len(world.tree.held) == 2
+
+
 def test_nothing_is_pinned_for_who_has_no_guarantee(world):
     world.donate(space("hooli"), 1)
     assert not world.tree.held and "hold" not in world.tree.calls
@@ -352,6 +362,23 @@ def test_a_document_is_lent_pinned_and_forgotten(world):
 def test_forgetting_what_is_not_there_is_harmless(world):
     world.send_document("none", np.arange(1, 3), forget=True)
     assert not world.tree.held
+
+
+# ---- what the scheduler believes ----
+
+
+def test_a_stamp_counts_only_where_a_tenants_file_is_in_force():
+    """Without one, clients write `custom_params` themselves."""
+    from kvshare_sched.sglang_adapter import stamp_of as stamp_in
+
+    stamp = stamp_of(TENANTS.tenants["acme"], TENANTS, MARK, 0)
+    params = {"kvshare_tenant": stamp.to_text()}
+    req = SimpleNamespace(rid="r", sampling_params=SimpleNamespace(custom_params=params))
+    assert stamp_in(req, KVShareConfig(tenants_file="f")) == stamp
+    assert stamp_in(req, KVShareConfig()) is None
+    for other in (None, {}, {"kvshare_tenant": "{"}, {"kvshare_tenant": 3}, {"kvshare_tenant": '{"lenders": []}'}):
+        req.sampling_params.custom_params = other
+        assert stamp_in(req, KVShareConfig(tenants_file="f")) is None
 
 
 # ---- weight and quality ----

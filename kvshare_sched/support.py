@@ -106,7 +106,8 @@ def refusals(server_args) -> list[str]:
         value = getattr(server_args, name, None)
         accepted = fine if isinstance(fine, tuple) else (fine,)
         if value is not None and value not in accepted:
-            found.append(f"{name}={value!r} is not supported: {why}. Accepted: {accepted[0]!r}.")
+            shown = "(set)" if name.endswith("key") else repr(value)  # this line goes into logs
+            found.append(f"{name}={shown} is not supported: {why}. Accepted: {accepted[0]!r}.")
     if config.tenants_file and envs.SGLANG_RUST_SERVER.get():
         found.append(
             "SGLANG_RUST_SERVER is not supported with a tenants file: its HTTP server runs no Python. Unset it."

@@ -11,7 +11,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 from test_queue_adapter import Req, World
 
-from kvshare_sched.tenants import edge
+from kvshare_sched.tenants import edge, hooks
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import Caller
 from kvshare_sched.tenants.namespaces import name_of
@@ -78,3 +78,50 @@ def test_the_order_of_the_queue_uses_the_weight_in_the_stamp():
     world.waiting = [req]
     world.order()
     assert world.queue._accounts.weights == {"acme": 2.0} and world.queue.failures == 0
+
+
+@pytest.mark.parametrize("file", ["", "tenants.toml"])
+def test_the_edge_is_hooked_only_with_a_tenants_file(file, monkeypatch):
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from kvshare_sched import plugin
+
+    places = []
+    monkeypatch.setattr(HookRegistry, "register", lambda place, hook, kind: places.append(place))
+    monkeypatch.setenv("KVSHARE_TENANTS_FILE", file)
+    plugin.register()
+    assert len(places) > 5 and (hooks.hooks().keys() <= set(places)) == bool(file)
+    assert bool(file) or not hooks.hooks().keys() & set(places)
+
+
+def test_what_would_go_past_the_edge_is_refused(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from sglang.srt.arg_groups import model_override_base
+
+    from kvshare_sched import support
+
+    settings = SimpleNamespace(
+        **{"tokenizer_worker_num": 2, "api_key": "secret", "enable_response_store": True, "grpc_port": 1, "dp_size": 1},
+        kv_cache_dtype="auto",
+        device="cpu",
+        enable_torch_compile=False,
+        cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(backend=None)),
+    )
+    monkeypatch.setattr(model_override_base, "resolved_view", lambda args: args)
+    monkeypatch.setattr(model_override_base, "model_config_of", lambda args: None)
+    monkeypatch.setattr(support, "_model_refusals", lambda model: [])
+
+    def refused() -> str:
+        return " ".join(support.refusals(settings))
+
+    for name in ("tokenizer_worker_num=2", "api_key", "enable_response_store=True", "grpc_port=1"):
+        assert name not in refused()
+    monkeypatch.setenv("KVSHARE_LIBRARY", str(tmp_path))
+    assert "Set KVSHARE_TENANTS_FILE" in refused()
+    monkeypatch.setenv("KVSHARE_TENANTS_FILE", "f")
+    for name in ("tokenizer_worker_num=2", "api_key", "enable_response_store=True", "grpc_port=1"):
+        assert name in refused()
+    assert "secret" not in refused()
+    settings.dp_size = 2
+    assert "dp_size=2" in refused()

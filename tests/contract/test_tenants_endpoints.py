@@ -168,3 +168,70 @@ def test_more_than_a_quota_in_one_body_is_the_clients_fault(engine, path, body):
 @pytest.mark.parametrize("body", [{}, {"text": 3}, {"messages": "x", "model": 3}, {"session_params": {"id": "s"}}])
 def test_nonsense_is_the_clients_fault(engine, path, body):
     assert 400 <= post(engine, path, body, authorization="Bearer key").status_code < 500 and not engine.seen
+
+
+# ---- how it is put in place ----
+
+
+@pytest.fixture
+def starting(engine, tmp_path, monkeypatch):
+    """What SGLang holds when it starts its HTTP server; returns (server arguments, manager, middlewares added)."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    for name in ("generate_request", "_send_one_request", "_send_batch_request"):
+        monkeypatch.setattr(getattr(TokenizerManager, name), "__wrapped__", None, raising=False)
+    added = []
+    app = SimpleNamespace(add_middleware=lambda kind, **more: added.append((kind, more)))
+    monkeypatch.setattr(http_server, "app", app)
+    monkeypatch.setattr(hooks, "_edge", None)
+    monkeypatch.setenv("KVSHARE_TENANTS_FILE", str(tmp_path / "tenants.toml"))
+    (tmp_path / "tenants.toml").write_text(FILE + "\nguaranteed_donor_tokens = 1000")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+
+    def args(backend):
+        made = ServerArgs(model_path=str(tmp_path), device="cpu", radix_cache_backend=backend)
+        made.resolve_once()
+        return made
+
+    manager = SimpleNamespace(
+        model_config=ModelConfig.from_server_args(args("kvshare")),
+        context_len=2048,
+        server_status=None,
+        config_value=lambda name: {"weight_version": "1"}[name],
+    )
+    return args, manager, added
+
+
+def run(args, manager, pool=8192):
+    return hooks.run_http_server(lambda *a, **k: "served", args, manager, None, None, [{"max_total_num_tokens": pool}])
+
+
+def test_the_middleware_goes_around_the_app_before_it_serves(starting, monkeypatch, tmp_path):
+    args, manager, added = starting
+    monkeypatch.setenv("KVSHARE_LIBRARY", str(tmp_path / "library"))
+    assert run(args("kvshare"), manager) == "served"
+    [(kind, more)] = added
+    assert kind is Middleware and more["admin"] is not None and more["background"] is not None
+    edge = more["edge"]
+    assert edge.sign == 0 and not edge.starting() and len(edge.mark) == 16
+    first = edge.mark
+    manager.config_value = lambda name: "2"
+    assert edge.mark != first, "other weights, other namespaces"
+
+
+def test_nothing_happens_with_another_backend(starting):
+    args, manager, added = starting
+    assert run(args(None), manager) == "served" and not added and hooks._edge is None
+
+
+def test_a_server_that_could_not_tell_tenants_apart_does_not_start(starting, monkeypatch):
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    args, manager, added = starting
+    with pytest.raises(SystemExit, match="sum up to 1000"):
+        run(args("kvshare"), manager, pool=1500)
+    monkeypatch.delattr(TokenizerManager.generate_request, "__wrapped__")
+    with pytest.raises(SystemExit, match="generate_request is not hooked"):
+        run(args("kvshare"), manager)
+    assert not added

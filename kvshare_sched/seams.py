@@ -177,7 +177,7 @@ SEAMS = (
     Seam(f"{_SRT}.managers.tokenizer_manager.ServerStatus.Starting"),
     Seam(
         f"{_SRT}.managers.io_struct.GenerateReqInput",
-        ("extra_key", "cache_salt", "priority", "sampling_params", "session_params", "text", "input_ids"),
+        ("rid", "extra_key", "cache_salt", "priority", "sampling_params", "session_params", "text", "input_ids"),
         kind="members",
     ),
     Seam(

@@ -61,7 +61,8 @@ class Stamp:
 
 def lenders(tenant: Tenant, tenants: Tenants, mark: str) -> Iterator[Lender]:
     """Namespaces besides its own that a tenant may borrow from: documents first, then trusted members, by name."""
-    groups = [tenants.groups[name] for name in sorted(tenant.groups)]
+    # The file may have changed since the tenant was looked up.
+    groups = [tenants.groups[name] for name in sorted(tenant.groups) if name in tenants.groups]
     for group in groups:
         yield Lender(name_of(mark, DOCUMENTS, group.name), DOCUMENT, group.name)
     seen = {tenant.name}

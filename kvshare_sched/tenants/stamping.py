@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvshare_sched.tenants.file import Tenants
-from kvshare_sched.tenants.identity import Caller
+from kvshare_sched.tenants.identity import SERVER, Caller
 from kvshare_sched.tenants.namespaces import TENANT, name_of, owner_of, within
 from kvshare_sched.tenants.policy import STAMP_KEY, Stamp, stamp_of
 
@@ -25,6 +25,8 @@ def stamp_request(obj, caller: Caller, tenants: Tenants, mark: str, flight: int,
             "session_params are not available with tenants: a session can be continued by whoever names it"
         )
     tenant = caller.tenant
+    if tenant != SERVER:  # health checks have ids that the scheduler knows
+        obj.rid = None  # a chosen one could meet another tenant's, and tell that it runs
     obj.cache_salt = _salts(obj)
     obj.extra_key = name_of(mark, TENANT, tenant.name)
     if isinstance(obj.cache_salt, list):

@@ -10,7 +10,7 @@ import pytest
 from kvshare_sched.tenants import hooks
 from kvshare_sched.tenants.edge import Edge, Middleware, caller_here
 from kvshare_sched.tenants.file import parse
-from kvshare_sched.tenants.identity import Caller, hash_of
+from kvshare_sched.tenants.identity import SERVER, Caller, hash_of
 from kvshare_sched.tenants.namespaces import name_of, owner_of
 from kvshare_sched.tenants.policy import read
 from kvshare_sched.tenants.quotas import Flights, OverQuota
@@ -185,6 +185,15 @@ def test_a_stamp_in_the_body_counts_for_nothing_and_wishes_stay():
         (name_of("mark", "documents", "handbook"), "document")
     ]
     assert forged["kvshare_tenant"] == "forged", "the body's own object is left alone"
+
+
+def test_ids_are_the_servers(desk):
+    assert stamped(rid="kvshare-audit-1").rid is None
+    engine, _ = drive(desk, body(text="x", rid="chosen"))
+    assert engine[0].rid is None
+    obj = body(text="x", rid="HEALTH_CHECK_1")
+    stamp_request(obj, Caller(SERVER), desk.tenants(), "mark", 0)
+    assert obj.rid == "HEALTH_CHECK_1", "the server's own keep theirs"
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,10 @@ def test_the_policy_as_data():
     ]
 
 
+def test_a_group_that_is_gone_lends_nothing():
+    assert list(lenders(TENANTS.tenants["globex"], parse("", "f"), MARK)) == []
+
+
 def test_a_stamp_reads_back():
     stamp = stamp_of(TENANTS.tenants["globex"], TENANTS, MARK, 3)
     assert Stamp.from_text(stamp.to_text()) == stamp

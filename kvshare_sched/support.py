@@ -70,6 +70,11 @@ def check_server_args(original, server_args):
     original(server_args)
     chosen = resolved_view(server_args).radix_cache_backend
     if chosen != BACKEND:
+        if _tenants_file():
+            raise SystemExit(
+                f"kvshare: KVSHARE_TENANTS_FILE is set, but --radix-cache-backend is {chosen!r}: nobody would be "
+                f"identified. Choose {BACKEND}, or unset KVSHARE_TENANTS_FILE."
+            )
         # SGLang finds out only when the model is loaded; a slip of the pen should not take that long.
         if chosen not in registered_radix_cache_backends() and difflib.get_close_matches(str(chosen), [BACKEND]):
             raise SystemExit(
@@ -85,6 +90,13 @@ def check_server_args(original, server_args):
         found = [str(problem)]
     if found:
         raise SystemExit("\n".join(f"kvshare: {line}" for line in found))
+
+
+def _tenants_file() -> str:
+    try:
+        return KVShareConfig.load().tenants_file
+    except ConfigError:  # of no concern to a server without our backend
+        return ""
 
 
 def hooks() -> dict[str, object]:

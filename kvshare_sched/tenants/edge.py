@@ -65,6 +65,7 @@ class Edge:
         """Whether a caller may use a path."""
         path, tenants = path_of(scope), self.tenants()
         opened = path in HEALTH or (path in tenants.open_paths and path not in SERVED)
+        opened |= scope.get("method") == "OPTIONS"  # a browser's question before it sends its key; runs no handler
         if scope["type"] == "http" and (opened or self._own(scope, path)):
             return Caller(SERVER)
         caller = identify(scope["headers"], tenants)

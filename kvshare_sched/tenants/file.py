@@ -31,7 +31,7 @@ class Tenant:
     name: str
     groups: tuple[str, ...] = ()
     weight: float = _limit(1.0, float, 0.01, 10_000, "share in the order of the queue")
-    priority: int | None = _limit(None, int, -(2**31), 2**31 - 1, "the most urgent priority its requests may have")
+    priority: int = _limit(0, int, -(2**31), 2**31 - 1, "the most urgent priority its requests may have")
     target_kl: float | None = _limit(None, float, 0.0, 100.0, "nats; mean KL(full || approximate) held for it")
     requests: int | None = _limit(None, int, 1, 10**6, "requests in flight")
     tokens: int | None = _limit(None, int, 1, 10**12, "prompt and answer tokens of its requests in flight")

@@ -65,11 +65,9 @@ def _text(name: str, value) -> str | None:
     return value
 
 
-def _priority(asked: int | None, ceiling: int | None, sign: int) -> int | None:
-    """The asked priority, 0 when none is, at most as urgent as the ceiling. Without a ceiling the body decides."""
-    if ceiling is None or sign == 0:
-        return asked
-    return sign * min(sign * (asked or 0), sign * ceiling)
+def _priority(asked: int | None, ceiling: int, sign: int) -> int | None:
+    """The asked priority, 0 when none is, at most as urgent as the ceiling."""
+    return sign * min(sign * (asked or 0), sign * ceiling) if sign else asked
 
 
 def _write(obj, stamp: Stamp, **more: object) -> None:

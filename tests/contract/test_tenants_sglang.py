@@ -125,3 +125,18 @@ def test_what_would_go_past_the_edge_is_refused(monkeypatch, tmp_path):
     assert "secret" not in refused()
     settings.dp_size = 2
     assert "dp_size=2" in refused()
+
+
+def test_a_tenants_file_without_the_backend_is_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    from sglang.srt.arg_groups import model_override_base
+
+    from kvshare_sched import support
+
+    monkeypatch.setattr(model_override_base, "resolved_view", lambda args: args)
+    args = SimpleNamespace(radix_cache_backend=None)
+    support.check_server_args(lambda args: None, args)
+    monkeypatch.setenv("KVSHARE_TENANTS_FILE", "f")
+    with pytest.raises(SystemExit, match="nobody would be identified"):
+        support.check_server_args(lambda args: None, args)

@@ -62,7 +62,7 @@ def desk(tmp_path):
     return made
 
 
-def ask(desk, path, *headers, kind="http", client="10.0.0.9", admin=None):
+def ask(desk, path, *headers, kind="http", client="10.0.0.9", admin=None, method="POST"):
     """(status or websocket code, tenant the application saw)."""
     sent, seen = [], []
 
@@ -72,7 +72,7 @@ def ask(desk, path, *headers, kind="http", client="10.0.0.9", admin=None):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": kind, "path": path, "headers": list(headers), "client": (client, 1)}
+    scope = {"type": kind, "path": path, "headers": list(headers), "client": (client, 1), "method": method}
     asyncio.run(Middleware(app, desk, admin)(scope, None, send))
     assert caller_here.get() is None
     if seen:
@@ -103,6 +103,7 @@ def test_tenants_reach_what_serves_and_operators_the_rest(desk):
     desk._file.current = parse(FILE.replace('"/metrics"', '"/metrics", "/generate"'), "f")
     assert ask(desk, "/generate", KEY) == (200, "acme"), "what generates needs an identity, open or not"
     assert ask(desk, "/health") == ask(desk, "/metrics") == (200, "(server)")
+    assert ask(desk, "/generate", method="OPTIONS") == (200, "(server)")
     assert ask(desk, "/v1/realtime", KEY, kind="websocket") == (1008, None)
     assert ask(desk, "/health", kind="websocket") == (1008, None)
 
@@ -220,7 +221,7 @@ def test_priorities_end_at_the_ceiling():
 
     assert [priority(p) for p in (None, 3, 5, 99)] == [0, 3, 5, 5]
     assert [priority(p, sign=-1) for p in (None, 3, 5, 99)] == [5, 5, 5, 99]
-    assert [priority(p, name="globex") for p in (None, 99)] == [None, 99], "without a ceiling nothing changes"
+    assert [priority(p, name="globex") for p in (None, 99, -3)] == [0, 0, -3], "nobody is urgent by default"
     assert [priority(p, sign=0) for p in (None, 99)] == [None, 99], "SGLang may refuse a priority it does not use"
 
 

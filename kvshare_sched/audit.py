@@ -19,6 +19,7 @@ import torch
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.controller import Controller
 from kvshare_sched.divergence import Measurement, compare
+from kvshare_sched.tenants.namespaces import owner_of
 from kvshare_sched.types import Namespace, Outcome, Reason
 
 logger = logging.getLogger(__name__)
@@ -237,5 +238,5 @@ class Auditor:
 
 
 def tenant_of(namespace: Namespace) -> str:
-    """A tenant is the extra key of its namespace."""
-    return namespace.extra_key or ""
+    """Whose namespace it is: without a tenants file, its extra key."""
+    return owner_of(namespace.extra_key)

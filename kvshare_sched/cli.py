@@ -101,6 +101,23 @@ def _bench(options, rest: list[str]) -> int:
     )
 
 
+def _tenants(options, rest: list[str]) -> int:
+    from kvshare_sched.tenants import commands
+
+    return commands.new_key() if options.action == "key" else commands.check(options.file)
+
+
+def _documents(options, rest: list[str]) -> int:
+    from kvshare_sched.tenants import commands
+
+    shop = commands.Documents(options.url)
+    if options.action == "list":
+        return shop.list()
+    if options.action == "remove":
+        return shop.remove(options.group, options.name)
+    return shop.add(options.group, options.paths, options.name, options.system, options.ttl)
+
+
 def _names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -163,6 +180,27 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--model-path", help="a model folder; without it the embedded model")
     bench.add_argument("--out", default="out/bench", help="folder for raw rows, report.json, report.md and pictures")
     bench.set_defaults(run=_bench, passes_through=True)
+    tenants = commands.add_parser("tenants", help="make an API key with its hash; check a tenants file")
+    actions = tenants.add_subparsers(dest="action", required=True)
+    actions.add_parser("key", help="print a new key and the hash that goes into the tenants file")
+    actions.add_parser("check", help="say what is wrong with a tenants file").add_argument("file")
+    tenants.set_defaults(run=_tenants, passes_through=False)
+    documents = commands.add_parser(
+        "documents", help="the library of a running server; an operator's key is read from KVSHARE_ADMIN_KEY"
+    )
+    documents.add_argument("--url", default="http://127.0.0.1:30000")
+    actions = documents.add_subparsers(dest="action", required=True)
+    add = actions.add_parser("add", help="compute files, or all files of folders, and lend them to a group")
+    add.add_argument("group")
+    add.add_argument("paths", nargs="+", help="UTF-8 text files, or folders")
+    add.add_argument("--name", help="of one file; without it its path as given")
+    add.add_argument("--system", default="", help="text that stands in front when the KV is computed")
+    add.add_argument("--ttl", type=float, help="seconds until a document leaves")
+    actions.add_parser("list", help="documents, one a line")
+    remove = actions.add_parser("remove", help="lend a document no longer")
+    remove.add_argument("group")
+    remove.add_argument("name")
+    documents.set_defaults(run=_documents, passes_through=False)
     model = commands.add_parser("model", help="prepare the embedded model, once")
     model.add_argument("--print-path", action="store_true", help="print its folder as the last line of stdout")
     model.set_defaults(run=_model, passes_through=False)

@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 SCHEDULERS = ("fair", "fcfs", "lpm", "hit_rate", "off")
 REPAIR_ORDERS = ("fifo", "lagged", "attention")
-_NOT_SETTINGS = {"KVSHARE_CONFIG", "KVSHARE_CACHE"}  # read elsewhere
+_NOT_SETTINGS = {"KVSHARE_CONFIG", "KVSHARE_CACHE", "KVSHARE_ADMIN_KEY"}  # read elsewhere
 
 
 def _setting(default, unit: str, reason: str, *, choices=None, low=None, high=None, request=False):
@@ -84,6 +84,10 @@ class KVShareConfig:
         high=0.9,
     )
     duplicate_wait: int = _setting(8, "passes", "waits for a running request with the same text; 0: none", low=0)
+
+    tenants_file: str = _setting("", "path", "who may use the server; without it extra_key is the tenant")
+    library: str = _setting("", "path", "folder of the documents lent to share groups; without it there are none")
+    borrow_log: str = _setting("", "path", "who borrowed what from whom, JSON lines; without it the server's log")
 
     def __post_init__(self):
         from kvshare_sched.strategies import names

@@ -46,6 +46,7 @@ class Controller:
 
     def __init__(self, ratio: float, target_kl: float):
         self.target = target_kl  # nats, mean
+        self.targets: dict[str, float | None] = {}  # of tenants with one of their own
         self.start = ratio
         self.low, self.high = min(LOWEST, ratio), max(HIGHEST, ratio)
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
@@ -57,6 +58,11 @@ class Controller:
         """Share of the reused tokens this tenant recomputes now."""
         known = self._tenants.get(tenant)
         return self.start if known is None else known.ratio
+
+    def target_of(self, tenant: str) -> float:
+        """The mean KL held for a tenant, nats."""
+        own = self.targets.get(tenant)
+        return self.target if own is None else own
 
     def is_off(self, tenant: str) -> bool:
         """Reuse is off for this tenant until it is tried again."""
@@ -89,11 +95,12 @@ class Controller:
         if len(state.recent) < ENOUGH:
             return
         mean = sum(state.recent) / len(state.recent)
-        if mean > self.target:
+        target = self.target_of(tenant)
+        if mean > target:
             self._missed(tenant, state, mean)
         elif state.trial:
             state.trial, state.wait = False, RETRY
-        elif mean < _CLEARLY_BELOW * self.target:
+        elif mean < _CLEARLY_BELOW * target:
             lower = max(self.low, _DOWN * state.ratio)
             if lower < state.ratio and not (state.missed_for and lower <= state.missed):
                 self._move(tenant, state, lower, mean)
@@ -123,13 +130,13 @@ class Controller:
         logger.warning(
             "kvshare: tenant %r misses its target at the highest ratio: mean KL %.4g over %.4g nats at %.3f. "
             "Reuse is off for it and tried again after %d requests.",
-            *(tenant, mean, self.target, state.ratio, state.wait),
+            *(tenant, mean, self.target_of(tenant), state.ratio, state.wait),
         )
 
     def _move(self, tenant: str, state: _Tenant, ratio: float, mean: float) -> None:
         logger.info(
             "kvshare: tenant %r: mean KL %.4g, target %.4g nats: ratio %.3f -> %.3f",
-            *(tenant, mean, self.target, state.ratio, ratio),
+            *(tenant, mean, self.target_of(tenant), state.ratio, ratio),
         )
         state.ratio = ratio
         state.recent.clear()

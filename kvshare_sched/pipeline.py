@@ -22,6 +22,9 @@ from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.strategies import get as get_strategy
 from kvshare_sched.strategies.base import Strategy
+from kvshare_sched.tenants.desk import Desk
+from kvshare_sched.tenants.namespaces import owner_of
+from kvshare_sched.tenants.policy import Stamp
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
 from radix_ext.donors import DonorLease, DonorTree
 from radix_ext.matcher import find_segments
@@ -44,6 +47,8 @@ class Session:
     reason: Reason
     namespace: Namespace | None = None  # None for a request that cannot take part
     asks_until: int = 0  # prompt tokens before those a client wants scored: the question ends here
+    stamp: Stamp | None = None  # of its tenant, when a tenants file is in force
+    private: bool = False  # what was found stems from another tenant's conversations: its client sees no trace of it
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     leases: dict[int, DonorLease] = field(default_factory=dict)
@@ -74,13 +79,24 @@ class Session:
 class Pipeline:
     """Matching, leasing and accounting for one engine."""
 
-    def __init__(self, config: KVShareConfig, tree: DonorTree, costs: CostModel, metrics=None, page_size: int = 1):
+    def __init__(
+        self,
+        config: KVShareConfig,
+        tree: DonorTree,
+        costs: CostModel,
+        metrics=None,
+        page_size: int = 1,
+        desk: Desk | None = None,
+    ):
         self.config = config
         self.tree = tree
         self.costs = costs
         self.metrics = metrics
         self.page_size = page_size
-        self.index = SegmentIndex(window=config.window, min_run=config.min_run, capacity=config.index_tokens)
+        self.desk = desk or Desk()
+        self.index = SegmentIndex(
+            window=config.window, min_run=config.min_run, capacity=config.index_tokens, limits=self.desk.limits
+        )
         self.auditor = Auditor(config, self.index.remove, metrics.audits if metrics is not None else None)
         self.sessions: dict[str, Session] = {}
         self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
@@ -97,7 +113,8 @@ class Pipeline:
         text = hash(view.token_ids.tobytes())
         for _ in range(_MAX_REMATCH):
             # A request id may come back with another prompt, so the prompt is part of the key.
-            key = (self.index.generation, view.exact_len, view.fresh_from, view.namespace, text, donors)
+            asked = (view.namespace, view.lenders)
+            key = (self.index.generation, view.exact_len, view.fresh_from, asked, text, donors)
             remembered = self._memo.get(view.rid)
             if remembered is not None and remembered[0] == key:
                 segments = remembered[1]
@@ -112,7 +129,7 @@ class Pipeline:
 
     def _look_up(self, view: RequestView, donors: int) -> tuple[Segment, ...]:
         # The last token is always computed; a request never borrows from itself (it is no donor while waiting).
-        hits = self.index.hits(view.namespace, view.token_ids, view.exact_len)
+        hits = self.index.hits(view.namespace, view.token_ids, view.exact_len, view.lenders)
         return find_segments(
             view.token_ids,
             hits,
@@ -135,15 +152,17 @@ class Pipeline:
 
     # ---- commit: at admission only ----
 
-    def admit(self, view: RequestView | Reason, rid: str, prompt_len: int, exact_len: int) -> Session:
+    def admit(
+        self, view: RequestView | Reason, rid: str, prompt_len: int, exact_len: int, stamp: Stamp | None = None
+    ) -> Session:
         """Plan a request that is about to be admitted and pin its donors. Never raises.
 
-        `view` is a Reason when the request cannot take part.
+        `view` is a Reason when the request cannot take part; `stamp` is that of its tenant, if there is one.
         """
         started = time.perf_counter()
         config, plan, outcome, discovered = self.config, None, Outcome.ORDINARY, 0
         leases: dict[int, DonorLease] = {}
-        namespace, wished, repair, asks_until = None, False, None, prompt_len
+        namespace, wished, repair, asks_until, private = None, False, None, prompt_len, False
         if isinstance(view, RequestView):
             asks_until = min(prompt_len, view.fresh_from + 2)  # fresh_from is two before the first scored token
             namespace, wished = view.namespace, not {"preset", "strategy", "ratio"}.isdisjoint(view.wishes)
@@ -157,7 +176,9 @@ class Pipeline:
             try:
                 config = (config if wished else self.auditor.settings(config, namespace)).for_request(view.wishes)
                 strategy = get_strategy(config.strategy)
-                planned = build_plan(view, self.match(view, strategy.donors), strategy, config, self.costs)
+                segments = self.match(view, strategy.donors)
+                private = stamp is not None and stamp.private(self._namespaces(segments))
+                planned = build_plan(view, segments, strategy, config, self.costs)
                 if isinstance(planned, ReusePlan) and not wished and self.auditor.refuses(namespace):
                     planned = Reason.QUALITY
                 reason = planned if isinstance(planned, Reason) else Reason.NONE
@@ -181,8 +202,12 @@ class Pipeline:
         session = Session(rid, prompt_len, exact_len, config, plan, reason, leases=leases, outcome=outcome)
         session.discovered, session.repair = discovered, repair
         session.namespace, session.wished, session.asks_until = namespace, wished, asks_until
+        session.stamp, session.private = stamp, private
         session.match_s = time.perf_counter() - started
         return session
+
+    def _namespaces(self, segments: tuple[Segment, ...]) -> set[str | None]:
+        return {self.index.donors[donor_id].namespace.extra_key for donor_id in _needed(segments)}
 
     def _lease(self, plan: ReusePlan) -> dict[int, DonorLease]:
         leases: dict[int, DonorLease] = {}
@@ -204,9 +229,24 @@ class Pipeline:
             self.index.touch(donor_id)
             self.tree.touch(self.index.donors[donor_id])
         self.auditor.begun(session)
+        if session.stamp is not None:
+            self._tenant_begun(session)
         if session.plan is None:
             self._report(session)
         self._gauges()
+
+    def _tenant_begun(self, session: Session) -> None:
+        """Learn what the request says of its tenant, and record what it borrows. Never raises."""
+        stamp = session.stamp
+        try:
+            self.desk.learn(stamp)
+            self.auditor.controller.targets[stamp.tenant] = stamp.target_kl
+            if stamp.forget:
+                self.desk.forget(stamp.tenant, stamp.document, self.index, self.tree)
+            if session.plan is not None:
+                self.desk.borrowed(session.rid, stamp, session.namespace, session.plan.segments, self.index.donors)
+        except Exception:
+            logger.exception("kvshare: the tenant of request %s could not be looked after", session.rid)
 
     def withdraw(self, session: Session) -> None:
         """The request was not admitted after all: give the pins back."""
@@ -296,7 +336,7 @@ class Pipeline:
         try:
             report = self.report_of(session)
             if session.on_report is not None:
-                session.on_report(report)
+                session.on_report(report.as_ordinary() if session.private else report)
             if self.metrics is not None and not self.auditor.owns(session.rid):  # metrics speak of clients
                 self.metrics.record(report)
         except Exception:
@@ -329,6 +369,7 @@ class Pipeline:
         started = time.perf_counter()
         try:
             donor_id = self.index.add(namespace, tokens, self._donor_of.get(rid))
+            self._tenant_published(rid, namespace, donor_id)
         except Exception:
             logger.exception("kvshare: could not index request %s as a donor", rid)
             return
@@ -338,9 +379,16 @@ class Pipeline:
             self.metrics.indexed(time.perf_counter() - started)
         self._gauges()
 
+    def _tenant_published(self, rid: str, namespace: Namespace, donor_id: int | None) -> None:
+        owner, session = owner_of(namespace.extra_key), self.sessions.get(rid)
+        if session is not None and session.stamp is not None and session.stamp.document:
+            self.desk.document(owner, session.stamp.document, donor_id)
+        self.desk.published(owner, self.index, self.tree)
+
     def flush(self) -> None:
         """The tree was emptied."""
         self.index.clear()
+        self.desk.flushed()
         self._memo.clear()
         self._donor_of.clear()
 

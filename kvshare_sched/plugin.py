@@ -12,8 +12,24 @@ def register() -> None:
 
     if BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(BACKEND, _radix_cache)
-    for seam, hook in {**support.hooks(), **client_report.hooks()}.items():
+    hooks = {**support.hooks(), **client_report.hooks()}
+    if _with_tenants():
+        from kvshare_sched.tenants import hooks as tenant_hooks
+
+        hooks |= tenant_hooks.hooks()
+    for seam, hook in hooks.items():
         HookRegistry.register(seam, hook, HookType.AROUND)
+
+
+def _with_tenants() -> bool:
+    """Whether a tenants file is named. A wrong setting is told by the launcher, which refuses to start."""
+    from kvshare_sched.config import KVShareConfig
+    from kvshare_sched.errors import ConfigError
+
+    try:
+        return bool(KVShareConfig.load().tenants_file)
+    except ConfigError:
+        return False
 
 
 def _radix_cache(ctx):

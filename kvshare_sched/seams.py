@@ -169,6 +169,22 @@ SEAMS = (
     Seam(f"{_CACHE}.full_evictable_size"),
     # a decode that says a given answer, for measurements
     Seam(f"{_SRT}.sampling.custom_logit_processor.CustomLogitProcessor.__call__", ("logits", "custom_param_list")),
+    # who is asking
+    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request", ("self", "obj", "request")),
+    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._send_one_request", ("tokenized_obj",)),
+    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._send_batch_request", ("tokenized_objs",)),
+    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.config_value", ("name",)),
+    Seam(f"{_SRT}.managers.tokenizer_manager.ServerStatus.Starting"),
+    Seam(
+        f"{_SRT}.managers.io_struct.GenerateReqInput",
+        ("rid", "extra_key", "cache_salt", "priority", "sampling_params", "session_params", "text", "input_ids"),
+        kind="members",
+    ),
+    Seam(
+        f"{_SRT}.entrypoints.http_server._setup_and_run_http_server",
+        ("server_args", "tokenizer_manager", "template_manager", "port_args", "scheduler_infos"),
+    ),
+    Seam(f"{_SRT}.entrypoints.http_server.app.add_middleware"),
     # tell the client
     Seam(
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",

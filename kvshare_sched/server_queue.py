@@ -19,7 +19,7 @@ from kvshare_sched.peek import Peek, Prompt
 from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.order import Waiting
 from kvshare_sched.scheduling.queue import Order, Queue
-from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of, takes_part
+from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of, stamp_of, takes_part
 
 logger = logging.getLogger(__name__)
 _AUDITS = "(audits)"  # their work is no tenant's
@@ -208,6 +208,8 @@ class ServerQueue:
         namespace = namespace_of(req)
         tokens = req.origin_input_ids + req.output_ids if req.output_ids else req.origin_input_ids
         tenant = _AUDITS if self._pipeline.auditor.owns(req.rid) else tenant_of(namespace)
+        if (stamp := stamp_of(req, self._config)) is not None:
+            self._accounts.weigh(tenant, stamp.weight)
         back = self._returning.get(req.rid)
         self._arrivals += 1
         arrival, since = (back.arrival, back.since) if back else (self._arrivals, self.queue.clock)

@@ -16,6 +16,9 @@ import torch
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.planner import CostModel
+from kvshare_sched.tenants.desk import Desk, lenders_of
+from kvshare_sched.tenants.log import BorrowLog
+from kvshare_sched.tenants.policy import Stamp, read
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
 
 logger = logging.getLogger(__name__)
@@ -48,16 +51,28 @@ def takes_part(req) -> bool:
     )
 
 
-def view_of(req) -> RequestView | Reason:
+def stamp_of(req, config: KVShareConfig) -> Stamp | None:
+    """What the HTTP process wrote about a request's tenant. Without a tenants file clients could write it themselves,
+    so it counts for nothing then. Never raises."""
+    if not config.tenants_file:
+        return None
+    try:
+        return read(req.sampling_params.custom_params)
+    except Exception:
+        logger.exception("kvshare: request %s has no readable stamp; it borrows nothing", req.rid)
+        return None
+
+
+def view_of(req, stamp: Stamp | None = None) -> RequestView | Reason:
     """What the planner may know of a request, or why it cannot take part. Never raises."""
     try:
-        return _view_of(req)
+        return _view_of(req, stamp)
     except Exception:
         logger.exception("kvshare: request %s could not be read; ordinary prefill", req.rid)
         return Reason.ERROR
 
 
-def _view_of(req) -> RequestView | Reason:
+def _view_of(req, stamp: Stamp | None) -> RequestView | Reason:
     params = req.sampling_params.custom_params or {}
     wishes = params.get(REPORT_KEY) or {}
     if wishes == "off":
@@ -73,7 +88,8 @@ def _view_of(req) -> RequestView | Reason:
     if req.return_logprob and req.logprob_start_len >= 0:
         # The row before the first wanted token predicts it.
         fresh_from = min(fresh_from, max(req.prefix_len, req.logprob_start_len - 1))
-    return RequestView(req.rid, namespace_of(req), tokens, req.prefix_len, fresh_from, wishes)
+    namespace = namespace_of(req)
+    return RequestView(req.rid, namespace, tokens, req.prefix_len, fresh_from, wishes, lenders_of(stamp, namespace))
 
 
 def attach_report(req, report) -> None:
@@ -92,7 +108,8 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     args = (has_chunked_req, *args)
     if pipeline is None:
         return original(adder, req, *args, **kwargs)
-    session = pipeline.admit(view_of(req), req.rid, len(req.origin_input_ids), req.prefix_len)
+    stamp = stamp_of(req, pipeline.config)
+    session = pipeline.admit(view_of(req, stamp), req.rid, len(req.origin_input_ids), req.prefix_len, stamp)
     if has_chunked_req and not _fits_whole(pipeline, session, adder, req):
         pipeline.withdraw(session)
         return _other()
@@ -101,10 +118,12 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     if not admitted:
         pipeline.withdraw(session)
         idle = not adder.can_run_list and (adder.running_batch is None or not adder.running_batch.reqs)
-        if session.plan is None or not idle:
+        if not idle or (session.plan is None and not pipeline.desk.held_tokens):
             return result
         # Nothing else runs, so waiting frees nothing: without the pins the donors themselves can make room.
-        session = replace(session, plan=None, reason=Reason.NO_MEMORY, outcome=Outcome.ORDINARY, leases={})
+        pipeline.desk.let_go(pipeline.tree)
+        reason = session.reason if session.plan is None else Reason.NO_MEMORY
+        session = replace(session, plan=None, reason=reason, outcome=Outcome.ORDINARY, leases={})
         result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
@@ -206,7 +225,9 @@ def wire(cache, ctx):
     if ctx.tp_rank == 0 and ctx.params.enable_metrics:
         metrics = ShareMetrics()
         metrics.enabled(config.mode)
-    pipeline = Pipeline(config, DonorTree(cache), costs, metrics)
+    records = config.tenants_file and ctx.tp_rank == 0
+    desk = Desk(BorrowLog(config.borrow_log) if records else None)
+    pipeline = Pipeline(config, DonorTree(cache), costs, metrics, desk=desk)
     Executor(pipeline, runner, cos_sin, neox).install()
     hooks = scheduler_hooks()
     if config.audit_share > 0 and config.mode == "on":

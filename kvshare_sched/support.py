@@ -13,6 +13,7 @@ import torch
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError, UnsupportedError
+from kvshare_sched.tenants import reload
 
 SGLANG_VERSION = "0.5.23"
 
@@ -33,6 +34,14 @@ _SETTINGS = {
     "enable_return_hidden_states": (False, "hidden states of reused rows do not exist"),
     "enable_pdmux": (False, "prefill and decode share the device in two streams"),
     "dllm_algorithm": (None, "diffusion models compute rows more than once"),
+}
+# The same with a tenants file: what would let requests in unidentified, or hand out others' answers.
+_TENANT_SETTINGS = {
+    "tokenizer_worker_num": (1, "further HTTP processes load no plug-ins, so nobody would be identified there"),
+    "api_key": (None, "the tenants file holds the keys"),
+    "grpc_port": (None, "gRPC carries no identity"),
+    "smg_grpc_mode": (False, "gRPC carries no identity"),
+    "enable_response_store": (False, "stored answers are handed to whoever names them"),
 }
 _KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "float32")
 
@@ -61,6 +70,11 @@ def check_server_args(original, server_args):
     original(server_args)
     chosen = resolved_view(server_args).radix_cache_backend
     if chosen != BACKEND:
+        if _tenants_file():
+            raise SystemExit(
+                f"kvshare: KVSHARE_TENANTS_FILE is set, but --radix-cache-backend is {chosen!r}: nobody would be "
+                f"identified. Choose {BACKEND}, or unset KVSHARE_TENANTS_FILE."
+            )
         # SGLang finds out only when the model is loaded; a slip of the pen should not take that long.
         if chosen not in registered_radix_cache_backends() and difflib.get_close_matches(str(chosen), [BACKEND]):
             raise SystemExit(
@@ -69,12 +83,20 @@ def check_server_args(original, server_args):
             )
         return
     try:
-        KVShareConfig.load()
+        if path := KVShareConfig.load().tenants_file:
+            reload.read(path)
         found = refusals(server_args)
     except ConfigError as problem:
         found = [str(problem)]
     if found:
         raise SystemExit("\n".join(f"kvshare: {line}" for line in found))
+
+
+def _tenants_file() -> str:
+    try:
+        return KVShareConfig.load().tenants_file
+    except ConfigError:  # of no concern to a server without our backend
+        return ""
 
 
 def hooks() -> dict[str, object]:
@@ -85,16 +107,27 @@ def hooks() -> dict[str, object]:
 def refusals(server_args) -> list[str]:
     """One line for every setting or model feature that cannot be served, from configuration alone."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+    from sglang.srt.environ import envs
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
     found = [line] if (line := version_refusal()) else []
     model = model_config_of(server_args)
     server_args = resolved_view(server_args)
-    for name, (fine, why) in _SETTINGS.items():
+    config = KVShareConfig.load()
+    for name, (fine, why) in (_SETTINGS | (_TENANT_SETTINGS if config.tenants_file else {})).items():
         value = getattr(server_args, name, None)
         accepted = fine if isinstance(fine, tuple) else (fine,)
         if value is not None and value not in accepted:
-            found.append(f"{name}={value!r} is not supported: {why}. Accepted: {accepted[0]!r}.")
+            shown = "(set)" if name.endswith("key") else repr(value)  # this line goes into logs
+            found.append(f"{name}={shown} is not supported: {why}. Accepted: {accepted[0]!r}.")
+    if config.tenants_file and envs.SGLANG_RUST_SERVER.get():
+        found.append(
+            "SGLANG_RUST_SERVER is not supported with a tenants file: its HTTP server runs no Python. Unset it."
+        )
+    if config.library and not config.tenants_file:
+        found.append("KVSHARE_LIBRARY lends to the groups of a tenants file. Set KVSHARE_TENANTS_FILE as well.")
+    if config.library and server_args.dp_size != 1:
+        found.append(f"dp_size={server_args.dp_size} is not supported with KVSHARE_LIBRARY: one engine would hold it.")
     if server_args.kv_cache_dtype not in _KV_DTYPES:
         found.append(
             f"kv_cache_dtype={server_args.kv_cache_dtype!r} is not supported: rotating quantised keys is untested. "
@@ -108,7 +141,7 @@ def refusals(server_args) -> list[str]:
     # On a CPU SGLang captures nothing unless it compiles the model, whatever the setting says.
     captured = server_args.device != "cpu" or server_args.enable_torch_compile
     graphs = captured and server_args.cuda_graph_config.decode.backend != Backend.DISABLED
-    if graphs and (rows := KVShareConfig.load().repair_rows):
+    if graphs and (rows := config.repair_rows):
         found.append(
             f"repair_rows={rows} is not supported with decode CUDA graphs: a captured graph takes no repair rows. "
             "Add --disable-cuda-graph, or leave KVSHARE_REPAIR_ROWS at 0."

@@ -51,6 +51,18 @@ class DonorTree:
         slots = self._cache.path_device_indices(node)[:length].long()
         return DonorLease(donor.id, slots, node)
 
+    def hold(self, donor: Donor) -> int | None:
+        """Pin a donor's whole path until `let_go`; None when some of it has left. Counts as no lease."""
+        matched, node = self._match(donor)
+        if matched < len(donor.tokens):
+            return None
+        self._cache.tree_core.inc_full_pin(node)
+        return node
+
+    def let_go(self, node: int) -> None:
+        """Give the pin of `hold` back."""
+        self._cache.tree_core.dec_full_pin(node)
+
     def release(self, lease: DonorLease) -> None:
         """Give one pin back."""
         if lease.released:

@@ -10,11 +10,14 @@ ids: 4 bytes of token id and 0.11 fingerprints).
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvshare_sched.tenants.namespaces import owner_of
+from kvshare_sched.tenants.quotas import DonorLimits, victim
 from kvshare_sched.types import Namespace
 from radix_ext.hashing import window_hashes, winnow
 
@@ -31,6 +34,10 @@ class Donor:
     tokens: np.ndarray  # int32 [length]
     places: list[tuple[int, int]] = field(default_factory=list)  # (table row, position), ascending position
     scanned: int = 0  # windows that start before this position have been fingerprinted
+
+    @property
+    def owner(self) -> str:
+        return owner_of(self.namespace.extra_key)
 
 
 class _Table:
@@ -81,7 +88,8 @@ class SegmentIndex:
     | known     | namespace, hashes    | no      | O(hashes)              |
     """
 
-    def __init__(self, *, window: int, min_run: int, capacity: int):
+    def __init__(self, *, window: int, min_run: int, capacity: int, limits: Mapping[str, DonorLimits] | None = None):
+        """limits: what owners may keep, read whenever something must leave; owners without an entry have none."""
         self.window = window
         self.span = min_run - window + 1  # every shared run of min_run tokens is found
         self.capacity = capacity  # tokens
@@ -89,24 +97,26 @@ class SegmentIndex:
         self.donors: OrderedDict[int, Donor] = OrderedDict()  # least recently used first
         self._tables: dict[Namespace, _Table] = {}
         self._next_id = 0
+        self.limits = {} if limits is None else limits
         self.tokens = 0  # indexed, all namespaces
+        self.owned: Counter[str] = Counter()  # the same by owner
         self.entries = 0  # places kept, all namespaces
 
     # ---- changes ----
 
     def add(self, namespace: Namespace, tokens: np.ndarray, donor_id: int | None = None) -> int | None:
         """Index a donor's tokens (int [n]); returns its id, or None when other donors already stand for all
-        of it (the same path of the tree) or it is shorter than a window.
+        of it (the same path of the tree), it is shorter than a window, or its owner may not keep it.
 
         With the id of an earlier call the donor grows: `tokens` must begin with what it already holds.
-        Least recently used donors leave when the index would exceed its capacity.
+        Least recently used donors leave when the index would exceed its capacity, or their owner its limit.
         """
         donor = self.donors.get(donor_id) if donor_id is not None else None
         if donor is None:
             donor = Donor(self._next_id, namespace, np.empty(0, np.int32))
             self._next_id += 1
             self.donors[donor.id] = donor
-        self.tokens += len(tokens) - len(donor.tokens)
+        self._count(donor, len(tokens) - len(donor.tokens))
         donor.tokens = np.asarray(tokens, dtype=np.int32).copy()
         self._fingerprint(donor)
         self.generation += 1
@@ -114,9 +124,25 @@ class SegmentIndex:
             self.remove(donor.id)
             return None
         self.touch(donor.id)
+        self._make_room(donor.owner)
+        return donor.id if donor.id in self.donors else None
+
+    def _make_room(self, owner: str) -> None:
+        most = self.limits[owner].most if owner in self.limits else None
+        while most is not None and self.owned[owner] > most:
+            self.remove(victim(self._by_age(), self.owned, self.limits, owner))
         while self.tokens > self.capacity and len(self.donors) > 1:
-            self.remove(next(iter(self.donors)))
-        return donor.id
+            self.remove(victim(self._by_age(), self.owned, self.limits))
+
+    def _by_age(self):
+        """(id, owner, tokens), least recently used first."""
+        return ((donor.id, donor.owner, len(donor.tokens)) for donor in self.donors.values())
+
+    def _count(self, donor: Donor, tokens: int) -> None:
+        self.tokens += tokens
+        self.owned[donor.owner] += tokens
+        if not self.owned[donor.owner]:
+            del self.owned[donor.owner]
 
     def _fingerprint(self, donor: Donor) -> None:
         # Winnowing is local: starting `span` windows back makes the same choices as one scan of everything.
@@ -169,7 +195,7 @@ class SegmentIndex:
         while donor.places and donor.places[-1][1] + self.window > length:
             row, position = donor.places.pop()
             self.entries -= table.remove(row, donor.id << 32 | position)
-        self.tokens -= len(donor.tokens) - length
+        self._count(donor, length - len(donor.tokens))
         donor.tokens = donor.tokens[:length].copy()
         donor.scanned = min(donor.scanned, length - self.window + 1)
         self.generation += 1
@@ -186,13 +212,14 @@ class SegmentIndex:
             # A donor whose places were all displaced still names rows: the table stays until it leaves.
             if not table.row_of and all(d.namespace != donor.namespace for d in self.donors.values()):
                 del self._tables[donor.namespace]
-        self.tokens -= len(donor.tokens)
+        self._count(donor, -len(donor.tokens))
         self.generation += 1
 
     def clear(self) -> None:
         """Forget everything (the tree was flushed)."""
         self.donors.clear()
         self._tables.clear()
+        self.owned.clear()
         self.tokens = self.entries = 0
         self.generation += 1
 
@@ -203,21 +230,25 @@ class SegmentIndex:
 
     # ---- questions ----
 
-    def hits(self, namespace: Namespace, tokens: np.ndarray, start: int = 0) -> list[tuple[int, int, int]]:
+    def hits(
+        self, namespace: Namespace, tokens: np.ndarray, start: int = 0, lenders: Sequence[Namespace] = ()
+    ) -> list[tuple[int, int, int]]:
         """(donor id, donor position, target position) of every window of tokens[start:] some donor holds.
 
+        Asked are the namespace itself and, in order, the `lenders` that policy allows; no other is looked at.
         Nominations by hash: the caller compares ids. No side effects.
         """
-        table = self._tables.get(namespace)
-        if table is None:
+        tables = [self._tables[asked] for asked in (namespace, *lenders) if asked in self._tables]
+        if not tables:
             return []
         hashes = window_hashes(tokens[start:], self.window)
         kept = winnow(hashes, self.span)
-        rows = map(table.row_of.get, hashes[kept].tolist())
+        found = list(zip(hashes[kept].tolist(), kept.tolist(), strict=True))
         return [
             (place >> 32, place & 0xFFFFFFFF, start + position)
-            for row, position in zip(rows, kept.tolist(), strict=True)
-            if row is not None
+            for table in tables
+            for fingerprint, position in found
+            if (row := table.row_of.get(fingerprint)) is not None
             for place in table.places[row]
         ]
 
@@ -242,6 +273,7 @@ class SegmentIndex:
     def _check(self) -> None:
         """Every structural truth, for tests."""
         assert self.tokens == sum(len(d.tokens) for d in self.donors.values())
+        assert self.tokens == sum(self.owned.values()) and all(self.owned.values())
         assert self.tokens <= self.capacity or len(self.donors) <= 1
         assert self.entries == sum(len(p) for t in self._tables.values() for p in t.places)
         for donor in self.donors.values():

@@ -54,6 +54,13 @@ class Accounts:
         self._idle: dict[str, None] = {}  # those of `_left` that may be dropped one day, the next to look at first
         self._own = 0  # accounts of tenants without a weight
 
+    def weigh(self, tenant: str, weight: float) -> None:
+        """A tenant's weight is known, or has changed; from the next round on."""
+        if tenant not in self.weights and tenant in self.deficits:
+            self._own -= 1
+            self._idle.pop(tenant, None)
+        self.weights[tenant] = weight
+
     def grant(self, account: str) -> float:
         """What one round gives."""
         return self.quantum * self.weights.get(account, 1.0)

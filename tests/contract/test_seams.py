@@ -22,7 +22,15 @@ LAYERS = (
     {"kvshare_sched.errors", "kvshare_sched", "radix_ext"},
     {"kvshare_sched.types"},
     {"kvshare_kernels"},
-    {"radix_ext.hashing", "kvshare_sched.config", "kvshare_sched.strategies"},
+    {"radix_ext.hashing", "kvshare_sched.config", "kvshare_sched.strategies", "kvshare_sched.tenants.namespaces"},
+    {"kvshare_sched.tenants.file"},
+    {"kvshare_sched.tenants.identity", "kvshare_sched.tenants.quotas", "kvshare_sched.tenants.reload"},
+    {"kvshare_sched.tenants.policy"},
+    {"kvshare_sched.tenants.log", "kvshare_sched.tenants.stamping", "kvshare_sched.tenants.library"},
+    {"kvshare_sched.tenants.desk", "kvshare_sched.tenants.edge"},
+    {"kvshare_sched.tenants.librarian"},
+    {"kvshare_sched.tenants.admin"},
+    {"kvshare_sched.tenants.hooks"},
     {"radix_ext.segment_index", "radix_ext.matcher", "kvshare_sched.strategies.base"},
     {
         "radix_ext.donors",
@@ -54,6 +62,8 @@ LAYERS = (
 # Only these may name SGLang.
 TOUCHES_SGLANG = {
     "kvshare_sched.plugin",
+    "kvshare_sched.tenants.hooks",
+    "kvshare_sched.tenants.librarian",
     "kvshare_sched.sglang_adapter",
     "kvshare_sched.audit_adapter",
     "kvshare_sched.queue_adapter",

@@ -13,6 +13,7 @@ class FakeTree:
         self.touched: list[int] = []
         self.calls: list[str] = []  # verbs used, in order
         self._left: dict[int, int] = {}
+        self.held: dict[int, int] = {}  # donor -> pins that are no leases
         self.exact: dict[bytes, int] = {}  # bytes of a prompt's token array -> tokens of it the tree has
         self.refuse_lease: set[int] = set()  # donors that vanish between match and lease
         self.fail_lease: set[int] = set()  # donors whose lease raises
@@ -36,6 +37,17 @@ class FakeTree:
             return None
         self.active += 1
         return DonorLease(donor.id, 1000 * donor.id + torch.arange(length), node=donor.id)
+
+    def hold(self, donor) -> int | None:
+        if self.live_len(donor) < len(donor.tokens):
+            return None
+        self.held[donor.id] = self.held.get(donor.id, 0) + 1
+        return donor.id
+
+    def let_go(self, node: int) -> None:
+        self.held[node] -= 1
+        if not self.held[node]:
+            del self.held[node]
 
     def release(self, lease: DonorLease) -> None:
         self.calls.append("release")

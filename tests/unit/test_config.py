@@ -38,7 +38,8 @@ def test_every_setting_has_a_range_or_choices_and_a_reason():
     for item in FIELDS.values():
         limits = item.metadata
         assert limits["reason"], item.name
-        assert limits["choices"] or limits["low"] is not None or item.name in ("strategy", "tenant_weights"), item.name
+        free = item.name in ("strategy", "tenant_weights") or limits["unit"] == "path"
+        assert limits["choices"] or limits["low"] is not None or free, item.name
 
 
 def test_nothing_set_gives_the_defaults():

@@ -1,0 +1,98 @@
+"""Tenants in the scheduler: limits learnt from their requests, pins that keep guarantees, the record of borrowing.
+
+Everything comes with the requests, so every tensor-parallel rank knows the same. Limits hold from a tenant's next
+request on; a tenant that has sent none keeps what it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvshare_sched.tenants.log import BorrowLog, loans
+from kvshare_sched.tenants.policy import Stamp
+from kvshare_sched.tenants.quotas import DonorLimits, to_hold
+from kvshare_sched.types import Namespace, Segment
+
+_KNOWN = 65_536  # documents whose donors are remembered; more are kept as long as the tree likes
+
+
+def lenders_of(stamp: Stamp | None, own: Namespace) -> tuple[Namespace, ...]:
+    """The namespaces besides its own that a request may borrow from."""
+    return tuple(Namespace(one.extra_key, None, own.lora_id) for one in stamp.lenders) if stamp is not None else ()
+
+
+class Desk:
+    """One per pipeline. `limits` is what the index reads when something must leave."""
+
+    def __init__(self, log: BorrowLog | None = None):
+        """log: of rank 0 only."""
+        self.limits: dict[str, DonorLimits] = {}
+        self._log = log
+        self._held: dict[str, dict[int, tuple[int, int]]] = {}  # owner -> donor -> (length, pinned node)
+        self._documents: dict[tuple[str, str], set[int]] = {}  # (owner, document) -> donors that hold its text
+
+    def learn(self, stamp: Stamp) -> None:
+        """A request of this tenant is admitted."""
+        self.limits[stamp.tenant] = DonorLimits(stamp.donor_tokens, stamp.guaranteed)
+
+    def borrowed(self, rid: str, stamp: Stamp, own: Namespace, segments: Sequence[Segment], donors) -> None:
+        """Record what an admitted request borrows; donors: of the index, by id."""
+        if self._log is None:
+            return
+        used = {place.donor_id for segment in segments for place in segment.places}
+        if found := loans(segments, {i: donors[i].namespace for i in used}, own, stamp.lenders):
+            self._log.write(rid, stamp, found)
+
+    def published(self, owner: str, index, tree) -> None:
+        """An owner's donors have changed: pin those its guarantee covers, most recently used first."""
+        limit = self.limits.get(owner)
+        held = self._held.get(owner, {})
+        if not held and (limit is None or not limit.guaranteed):
+            return
+        donors = [donor for donor in reversed(index.donors.values()) if donor.owner == owner]
+        wanted = to_hold(((d.id, len(d.tokens)) for d in donors), limit.guaranteed if limit is not None else 0)
+        kept: dict[int, tuple[int, int]] = {}
+        for donor_id in wanted:
+            donor = index.donors[donor_id]
+            now = held.pop(donor_id, None)
+            if now is not None and now[0] == len(donor.tokens):
+                kept[donor_id] = now
+                continue
+            node = tree.hold(donor)  # before the old pin goes, so that nothing leaves in between
+            if node is not None:
+                kept[donor_id] = (len(donor.tokens), node)
+            if now is not None:
+                tree.let_go(now[1])
+        for _, node in held.values():
+            tree.let_go(node)
+        self._held[owner] = kept
+        if not kept:
+            del self._held[owner]
+
+    def document(self, owner: str, name: str, donor_id: int | None) -> None:
+        """A document of the library has become a donor."""
+        if donor_id is not None and len(self._documents) < _KNOWN:
+            self._documents.setdefault((owner, name), set()).add(donor_id)
+
+    def forget(self, owner: str, name: str, index, tree) -> None:
+        """A document has left the library: nobody borrows it from now on."""
+        for donor_id in sorted(self._documents.pop((owner, name), ())):
+            index.remove(donor_id)
+        self.published(owner, index, tree)
+
+    def let_go(self, tree) -> None:
+        """Give all pins back: a request does not fit beside them. They return when their owners publish next."""
+        for held in self._held.values():
+            for _, node in held.values():
+                tree.let_go(node)
+        self._held.clear()
+
+    def flushed(self) -> None:
+        """The tree was emptied, and the pins with it."""
+        self._held.clear()
+        self._documents.clear()
+
+    @property
+    def held_tokens(self) -> int:
+        """Donor tokens pinned for guarantees and documents."""
+        return sum(length for held in self._held.values() for length, _ in held.values())

@@ -1,0 +1,92 @@
+"""Who may lend to whom, as data; default: nobody but the requester's own namespace.
+
+The process that knows who is asking writes the answer beside the request (`Stamp`); the scheduler looks donors up only
+in the namespaces named there. A donor that may not lend is never looked at, so its length, age or existence changes
+nothing. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from kvshare_sched.tenants.file import Tenant, Tenants
+from kvshare_sched.tenants.namespaces import DOCUMENTS, TENANT, name_of
+
+STAMP_KEY = "kvshare_tenant"  # in custom_params
+OWN, DOCUMENT, TRUSTED = "own", "document", "trusted"
+
+
+@dataclass(frozen=True, slots=True)
+class Lender:
+    """A namespace that may lend, and why. Its cache_salt is empty: what a client has set apart stays apart."""
+
+    extra_key: str
+    rule: str  # DOCUMENT or TRUSTED
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What the scheduler must know of a request's tenant; the same on every rank, because it comes with the request.
+
+    Lengths in tokens; None: no limit. `document`: this is the server's own request that computes a document.
+    """
+
+    tenant: str
+    lenders: tuple[Lender, ...] = ()
+    weight: float = 1.0
+    target_kl: float | None = None
+    donor_tokens: int | None = None
+    guaranteed: int = 0
+    flight: int = 0  # of the process that counts requests in flight
+    document: str = ""
+    forget: bool = False  # the document is to be dropped
+
+    def private(self, extra_keys: Collection[str | None]) -> bool:
+        """Whether KV of any of these namespaces stems from another tenant's conversations."""
+        return any(one.rule == TRUSTED and one.extra_key in extra_keys for one in self.lenders)
+
+    def to_text(self) -> str:
+        """For `custom_params`, which hold JSON values only."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "lenders"}
+        return json.dumps(data | {"lenders": [[one.extra_key, one.rule, one.group] for one in self.lenders]})
+
+    @classmethod
+    def from_text(cls, text: str) -> Stamp:
+        data = json.loads(text)
+        return cls(**data | {"lenders": tuple(Lender(*one) for one in data["lenders"])})
+
+
+def lenders(tenant: Tenant, tenants: Tenants, mark: str) -> Iterator[Lender]:
+    """Namespaces besides its own that a tenant may borrow from: documents first, then trusted members, by name."""
+    # The file may have changed since the tenant was looked up.
+    groups = [tenants.groups[name] for name in sorted(tenant.groups) if name in tenants.groups]
+    for group in groups:
+        yield Lender(name_of(mark, DOCUMENTS, group.name), DOCUMENT, group.name)
+    seen = {tenant.name}
+    for group in groups:
+        for member in group.members if group.trusted else ():
+            if member not in seen:
+                seen.add(member)
+                yield Lender(name_of(mark, TENANT, member), TRUSTED, group.name)
+
+
+def stamp_of(tenant: Tenant, tenants: Tenants, mark: str, flight: int) -> Stamp:
+    """Everything the scheduler must know of a request of this tenant."""
+    return Stamp(
+        tenant.name,
+        tuple(lenders(tenant, tenants, mark)),
+        tenant.weight,
+        tenant.target_kl,
+        tenant.donor_tokens,
+        tenant.guaranteed_donor_tokens,
+        flight,
+    )
+
+
+def read(params: Mapping[str, object] | None) -> Stamp | None:
+    """The stamp in a request's `custom_params`; None without one. Only asked when a tenants file is in force."""
+    text = (params or {}).get(STAMP_KEY)
+    return Stamp.from_text(text) if isinstance(text, str) else None

@@ -1,0 +1,117 @@
+"""Quotas: what a tenant may have in flight, and whose donors make room. Pure bookkeeping, no clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from kvshare_sched.tenants.file import Tenant
+
+
+class OverQuota(ValueError):
+    """A tenant has as much in flight as it may; SGLang's handlers answer with `status_code` where they look at it."""
+
+    status_code = 429
+
+
+@dataclass(slots=True)
+class _Flight:
+    tenant: str
+    limit: int | None  # tokens
+    requests: int
+    tokens: int = 0
+
+
+class Flights:
+    """Requests and tokens in flight per tenant, in the process that talks HTTP."""
+
+    def __init__(self):
+        self.requests: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self._open: dict[int, _Flight] = {}
+        self._next = 1
+
+    def full(self, tenant: Tenant) -> bool:
+        """Whether not a single further request fits."""
+        return tenant.requests is not None and self.requests[tenant.name] >= tenant.requests
+
+    def start(self, tenant: Tenant, requests: int) -> int:
+        """Count a call of so many requests; returns its number, to be given back once. Raises OverQuota."""
+        now = self.requests[tenant.name]
+        if tenant.requests is not None and now + requests > tenant.requests:
+            raise OverQuota(
+                f"{requests} more requests would be {now + requests} in flight; accepted: {tenant.requests}. "
+                "Send them when others have ended."
+            )
+        self.requests[tenant.name] += requests
+        number, self._next = self._next, self._next + 1
+        self._open[number] = _Flight(tenant.name, tenant.tokens, requests)
+        return number
+
+    def grow(self, number: int, tokens: int) -> None:
+        """One of its requests has turned out to need so many tokens, answer included. Raises OverQuota."""
+        flight = self._open.get(number)
+        if flight is None:
+            return
+        now = self.tokens[flight.tenant]
+        if flight.limit is not None and now + tokens > flight.limit:
+            raise OverQuota(
+                f"{tokens} more tokens would be {now + tokens} in flight; this tenant may have {flight.limit}. "
+                "Ask for a shorter answer, or send it when others have ended."
+            )
+        self.tokens[flight.tenant] += tokens
+        flight.tokens += tokens
+
+    def end(self, number: int) -> None:
+        """The call has ended, however."""
+        flight = self._open.pop(number, None)
+        if flight is None:
+            return
+        for count, size in ((self.requests, flight.requests), (self.tokens, flight.tokens)):
+            count[flight.tenant] -= size
+            if not count[flight.tenant]:
+                del count[flight.tenant]
+
+
+@dataclass(frozen=True, slots=True)
+class DonorLimits:
+    """Tokens of donors a tenant may keep, and how many of them others never push out."""
+
+    most: int | None = None
+    guaranteed: int = 0
+
+
+def victim(
+    donors: Iterable[tuple[int, str, int]],
+    owned: Mapping[str, int],
+    limits: Mapping[str, DonorLimits],
+    owner: str | None = None,
+) -> int | None:
+    """The donor that leaves next; None when there is none.
+
+    donors: (id, owner, tokens), least recently used first; owned: tokens of each owner. With `owner`, one of its own;
+    without, the first whose owner keeps its guarantee. When everybody is within its guarantee (more was promised
+    than there is), the least recently used.
+    """
+    oldest = None
+    for donor_id, whose, tokens in donors:
+        if owner is not None:
+            if whose == owner:
+                return donor_id
+            continue
+        oldest = donor_id if oldest is None else oldest
+        floor = limits[whose].guaranteed if whose in limits else 0
+        if owned[whose] - tokens >= floor:
+            return donor_id
+    return oldest
+
+
+def to_hold(donors: Iterable[tuple[int, int]], guaranteed: int) -> list[int]:
+    """Which of an owner's donors are pinned, ids. donors: (id, tokens), most recently used first."""
+    held, left = [], guaranteed
+    for donor_id, tokens in donors:
+        if 0 < tokens <= left:
+            held.append(donor_id)
+            left -= tokens
+    return held

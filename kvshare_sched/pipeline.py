@@ -18,7 +18,7 @@ import numpy as np
 from kvshare_sched.audit import Auditor
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
+from kvshare_sched.planner import CostModel, build_plan, expected_cells, rows_per_layer
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.strategies import get as get_strategy
 from kvshare_sched.strategies.base import Strategy
@@ -44,6 +44,7 @@ class Session:
     reason: Reason
     namespace: Namespace | None = None  # None for a request that cannot take part
     asks_until: int = 0  # prompt tokens before those a client wants scored: the question ends here
+    tenant: str = ""  # as metrics name it; known of requests that cannot take part too
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     leases: dict[int, DonorLease] = field(default_factory=dict)
@@ -81,7 +82,8 @@ class Pipeline:
         self.metrics = metrics
         self.page_size = page_size
         self.index = SegmentIndex(window=config.window, min_run=config.min_run, capacity=config.index_tokens)
-        self.auditor = Auditor(config, self.index.remove, metrics.audits if metrics is not None else None)
+        told = metrics.audits if metrics is not None else None
+        self.auditor = Auditor(config, self.index.remove, told, token_s=costs.cell_s * costs.layers)
         self.sessions: dict[str, Session] = {}
         self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
         self._memo: OrderedDict[str, tuple] = OrderedDict()
@@ -268,7 +270,13 @@ class Pipeline:
 
     def report_of(self, session: Session) -> ShareReport:
         """What is known about a request by now."""
-        reused = session.plan.reused_len if session.plan is not None else 0
+        reused, expected, expected_s, saved_s = 0, 0, 0.0, 0.0
+        if session.plan is not None:
+            reused = session.plan.reused_len
+            expected = expected_cells(session.plan, session.strategy, session.config, self.costs.layers)
+            expected_s = self.costs.saving_s(session.plan, expected)
+            if session.done_upto >= session.prompt_len:  # else it was aborted, and has not computed its cells
+                saved_s = self.costs.saving_s(session.plan, session.cells)
         return ShareReport(
             exact=session.exact_len,
             reused=reused,
@@ -283,6 +291,9 @@ class Pipeline:
             if session.plan
             else (session.prompt_len - session.exact_len) * self.costs.layers,
             layers=self.costs.layers,
+            expected_cells=expected,
+            expected_s=expected_s,
+            saved_s=saved_s,
             match_s=session.match_s,
             copy_s=session.copy_s,
             recompute_s=session.recompute_s,
@@ -298,7 +309,7 @@ class Pipeline:
             if session.on_report is not None:
                 session.on_report(report)
             if self.metrics is not None and not self.auditor.owns(session.rid):  # metrics speak of clients
-                self.metrics.record(report)
+                self.metrics.record(report, session.tenant)
         except Exception:
             logger.exception("kvshare: no report for request %s", session.rid)
 
@@ -334,6 +345,7 @@ class Pipeline:
             return
         if donor_id is not None:
             self._donor_of[rid] = donor_id
+            self.index.donors[donor_id].rid = rid
         if self.metrics is not None:
             self.metrics.indexed(time.perf_counter() - started)
         self._gauges()

@@ -38,7 +38,7 @@ class ServerQueue:
     """SGLang's waiting list and ours, kept alike. Used by the scheduler thread only; no public method raises."""
 
     def __init__(self, policy: str, config, pipeline, chunk: int, metrics=None, preempts: bool = False):
-        """preempts: SGLang may take a running request's memory for a more urgent one, so none is kept for cached text."""
+        """preempts: SGLang may take a running request's memory for a more urgent one; none is kept for cached text."""
         self._policy, self._config, self._pipeline = policy, config, pipeline
         self._keep = 0.0 if preempts else config.pool_keep
         self._chunk = chunk  # prefill tokens of one pass; 0: prompts are not cut
@@ -60,6 +60,7 @@ class ServerQueue:
         self._arrivals = 0
         self._listed: list = []  # SGLang's list as we left it
         self._waiting: dict[str, object] = {}
+        self._came_s: dict[str, float] = {}  # when each began to wait, oldest first; for the metrics only
         self._running: dict[str, _Running] = {}
         self._returning: dict[str, Waiting] = {}  # retracted, not waiting again yet
         self._long = None  # the prompt that is cut in chunks and not finished
@@ -166,7 +167,10 @@ class ServerQueue:
     def _room(self) -> float:
         """Tokens beside the next chunk of the long prompt; 0 without one, and when that chunk is its last."""
         long = self._long
-        if long is None or self._work_between(long, long.extend_end, len(long.full_untruncated_fill_ids)) <= self._chunk:
+        if (
+            long is None
+            or self._work_between(long, long.extend_end, len(long.full_untruncated_fill_ids)) <= self._chunk
+        ):
             return 0.0
         return self._chunk / 2
 
@@ -190,13 +194,14 @@ class ServerQueue:
             come = [req for req in waiting if self._waiting.get(req.rid) is not req]
         for req in gone:
             if self._waiting.get(req.rid) is req:  # else it runs
-                del self._waiting[req.rid]
+                del self._waiting[req.rid], self._came_s[req.rid]
                 self._peek.remove(req.rid)
                 self.queue.remove(req.rid)
         sign = policy.priority_sign if policy.enable_priority_scheduling else 0
         for req in come:
             self._arrive(req, float(sign * req.priority) if sign else 0.0)
             self._waiting[req.rid] = req
+            self._came_s[req.rid] = time.perf_counter()
         self._returning.clear()
         if len(self._waiting) != len(waiting):
             raise ValueError(f"{len(waiting)} requests wait, {len(self._waiting)} are known")
@@ -216,7 +221,9 @@ class ServerQueue:
         self._peek.add(Prompt(req.rid, namespace, size, _key(req, tokens), reusable, lends=kind))
 
     def _start(self, req) -> None:
-        del self._waiting[req.rid]
+        del self._waiting[req.rid], self._came_s[req.rid]
+        if not self._waiting:
+            self._tell("emptied")  # SGLang asks for no order while nobody waits
         prompt = self._peek.remove(req.rid)
         session = self._pipeline.sessions.get(req.rid)
         plan = session.plan if session is not None else None
@@ -264,7 +271,11 @@ class ServerQueue:
         if self._metrics is None:
             return
         try:
-            self._metrics.ordered(result, seconds)
+            now_s = time.perf_counter()
+            if result == "emptied":
+                self._metrics.emptied()
+            else:
+                self._metrics.ordered(result, seconds, now_s - next(iter(self._came_s.values()), now_s))
             if order is not None:
                 self._metrics.observe(self.queue, order)
         except Exception:

@@ -93,6 +93,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     if pipeline is None:
         return original(adder, req, *args, **kwargs)
     session = pipeline.admit(view_of(req), req.rid, len(req.origin_input_ids), req.prefix_len)
+    session.tenant = req.extra_key or ""
     if has_chunked_req and not _fits_whole(pipeline, session, adder, req):
         pipeline.withdraw(session)
         return _other()
@@ -205,7 +206,7 @@ def wire(cache, ctx):
     metrics = None
     if ctx.tp_rank == 0 and ctx.params.enable_metrics:
         metrics = ShareMetrics()
-        metrics.enabled(config.mode)
+        metrics.started(config)
     pipeline = Pipeline(config, DonorTree(cache), costs, metrics)
     Executor(pipeline, runner, cos_sin, neox).install()
     hooks = scheduler_hooks()

@@ -222,6 +222,9 @@ class ShareReport:
     strategy: str = ""
     computed_cells: int = 0
     layers: int = 0
+    expected_cells: int = 0  # what the plan was chosen for
+    expected_s: float = 0.0  # prefill seconds it was expected to save
+    saved_s: float = 0.0  # the same of the cells computed, by the cost model; negative when reuse cost more
     match_s: float = field(default=0.0)
     copy_s: float = field(default=0.0)
     recompute_s: float = field(default=0.0)

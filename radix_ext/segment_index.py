@@ -10,7 +10,7 @@ ids: 4 bytes of token id and 0.11 fingerprints).
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from kvshare_sched.types import Namespace
 from radix_ext.hashing import window_hashes, winnow
 
 OCCURRENCES = 4  # places kept per fingerprint; the oldest gives way
-_NOWHERE = -1
+_TOKEN_BYTES, _PLACE_BYTES = 4, 380  # measured as above, for `nbytes`
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class Donor:
     tokens: np.ndarray  # int32 [length]
     places: list[tuple[int, int]] = field(default_factory=list)  # (table row, position), ascending position
     scanned: int = 0  # windows that start before this position have been fingerprinted
+    rid: str = ""  # the request that computed it
 
 
 class _Table:
@@ -91,6 +92,7 @@ class SegmentIndex:
         self._next_id = 0
         self.tokens = 0  # indexed, all namespaces
         self.entries = 0  # places kept, all namespaces
+        self.left: Counter[str] = Counter()  # donors gone, by reason
 
     # ---- changes ----
 
@@ -116,6 +118,7 @@ class SegmentIndex:
         self.touch(donor.id)
         while self.tokens > self.capacity and len(self.donors) > 1:
             self.remove(next(iter(self.donors)))
+            self.left["limit"] += 1
         return donor.id
 
     def _fingerprint(self, donor: Donor) -> None:
@@ -164,6 +167,7 @@ class SegmentIndex:
             return
         if length < self.window:
             self.remove(donor_id)
+            self.left["evicted"] += 1
             return
         table = self._tables[donor.namespace]
         while donor.places and donor.places[-1][1] + self.window > length:
@@ -191,6 +195,7 @@ class SegmentIndex:
 
     def clear(self) -> None:
         """Forget everything (the tree was flushed)."""
+        self.left["flushed"] += len(self.donors)
         self.donors.clear()
         self._tables.clear()
         self.tokens = self.entries = 0
@@ -235,6 +240,11 @@ class SegmentIndex:
         """Which of these window hashes some donor of the namespace has. Donors may have left the tree since."""
         table = self._tables.get(namespace)
         return [False] * len(hashes) if table is None else [h in table.row_of for h in hashes]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, estimated."""
+        return _TOKEN_BYTES * self.tokens + _PLACE_BYTES * self.entries
 
     def __len__(self) -> int:
         return len(self.donors)

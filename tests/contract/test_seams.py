@@ -27,6 +27,7 @@ LAYERS = (
     {
         "radix_ext.donors",
         "kvshare_sched.planner",
+        "kvshare_sched.series",
         "kvshare_sched.metrics",
         "kvshare_sched.controller",
         "kvshare_sched.divergence",

@@ -15,9 +15,10 @@ from kvshare_sched.audit import POSITIONS, TOP, Auditor
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.controller import ENOUGH
 from kvshare_sched.divergence import compare
-from kvshare_sched.metrics import AUDIT_RESULTS, ShareMetrics
+from kvshare_sched.metrics import ShareMetrics
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
+from kvshare_sched.series import AUDIT_RESULTS
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
 
 HERE = Namespace("here")
@@ -169,8 +170,10 @@ def test_an_audit_measures_what_the_model_gave():
     audit = world.run(P)
     assert audit.namespace == HERE and list(audit.tokens) == [*range(100), *range(6)]
     truth = compare([top(row, TOP) for row in Q[:6]], *(reference_for(audit.ids, P[:6])[0], audit.ids), [0] * 6).kl
-    labels = {"tenant": "here", "strategy": KVShareConfig().strategy, "span": "sent"}
+    labels = {"strategy": KVShareConfig().strategy, "span": "sent"}
     assert world.value("kvshare_audit_kl_nats_sum", **labels) == pytest.approx(truth, rel=1e-3)  # float32 of logits
+    mine = world.value("kvshare_tenant_audit_kl_nats_sum", tenant="here", span="sent")
+    assert mine == pytest.approx(truth, rel=1e-3)
     assert world.results() == {("done", "none"): 1}
     assert world.value("kvshare_audit_tokens_total") == 106
 

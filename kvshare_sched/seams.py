@@ -169,6 +169,12 @@ SEAMS = (
     Seam(f"{_CACHE}.full_evictable_size"),
     # a decode that says a given answer, for measurements
     Seam(f"{_SRT}.sampling.custom_logit_processor.CustomLogitProcessor.__call__", ("logits", "custom_param_list")),
+    # pages beside /metrics
+    Seam(f"{_SRT}.utils.common.add_prometheus_middleware", ("app",)),
+    Seam(f"{_SRT}.runtime_context.get_serving"),
+    Seam(f"{_SRT}.utils.auth.decide_request_auth", ("authorization_header", "api_key", "admin_api_key", "auth_level")),
+    Seam(f"{_SRT}.utils.auth.AuthLevel.ADMIN_OPTIONAL"),
+    Seam(f"{_SRT}.utils.auth.auth_level", ("level",)),
     # tell the client
     Seam(
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",

@@ -14,6 +14,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from kvshare_sched import explain
+from kvshare_sched.audit import tenant_of
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.planner import CostModel
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
@@ -76,11 +78,23 @@ def _view_of(req) -> RequestView | Reason:
     return RequestView(req.rid, namespace_of(req), tokens, req.prefix_len, fresh_from, wishes)
 
 
-def attach_report(req, report) -> None:
-    """Let the answer carry the report: one object, sent with the request's first output."""
+def attach_report(req, report, details: dict | None) -> None:
+    """Let the answer carry the report: one object, sent with the request's first output.
+
+    details: for our own pages, taken off before the client sees it.
+    """
     info = req.customized_info or {}
     if REPORT_KEY not in info:
-        req.customized_info = info | {REPORT_KEY: [report.to_json()]}
+        req.customized_info = info | {REPORT_KEY: [report.to_json() | ({"details": details} if details else {})]}
+
+
+def _details(req, session, index) -> dict | None:
+    """Never raises: an answer with a report and no page beats no report."""
+    try:
+        return explain.details(session, namespace_of(req), index)
+    except Exception:
+        logger.exception("kvshare: request %s cannot be explained", req.rid)
+        return None
 
 
 # ---- scheduler hooks ----
@@ -93,7 +107,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     if pipeline is None:
         return original(adder, req, *args, **kwargs)
     session = pipeline.admit(view_of(req), req.rid, len(req.origin_input_ids), req.prefix_len)
-    session.tenant = req.extra_key or ""
+    session.tenant = tenant_of(namespace_of(req))
     if has_chunked_req and not _fits_whole(pipeline, session, adder, req):
         pipeline.withdraw(session)
         return _other()
@@ -109,7 +123,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
         result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
-    session.on_report = lambda report: attach_report(req, report)
+    session.on_report = lambda report: attach_report(req, report, _details(req, session, pipeline.index))
     pipeline.begin(session)
     return result
 

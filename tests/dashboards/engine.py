@@ -49,35 +49,39 @@ class Engine:
     def step(self) -> None:
         """One second."""
         self.steps += 1
-        n, m = self.steps, self.metrics
-        for i, (outcome, reason) in enumerate(LABELS):
-            reused = 80 if outcome is Outcome.REUSED else 0
-            spent = {"match_s": 0.001, "copy_s": 0.002, "recompute_s": 0.01}
-            found = {"computed_cells": 3000, "discovered": 0 if reused else 40, "saved_s": 0.2 if n % 5 else -0.1}
-            report = ShareReport(20, reused, reused // 5, 30, outcome, reason, **found, **spent)
-            m.record(report, TENANTS[i % 3])
-        m.indexed(0.001)
-        m.repaired(2, 0.001)
-        left = Counter(dict.fromkeys(LEFT, n))
-        index = _Index(tokens=1000 * n, entries=100 * n, nbytes=40_000 * n, donors=n, left=left)
-        m.observe(index, SimpleNamespace(active=n % 3))
-        for result, reason in AUDIT_RESULTS:
-            m.audits.ended(result, reason)
-        m.audits.spent(50)
-        m.audits.timed(0.5, 0.4)
-        m.audits.shut()
-        for tenant in TENANTS:
-            kl = 0.01 * (1 + n % 4)
-            m.audits.measured(tenant, "consensus", SimpleNamespace(kl=kl, kl_first=kl / 2, same=0.8, same_first=1.0))
-            m.audits.controlled(tenant, 0.18 + 0.01 * (n % 3), n % 7 == 0 and tenant == "blue")
-        queue = Queue("fair", Accounts(1000.0), 8)
-        for i, tenant in enumerate(TENANTS):
-            queue.add(Waiting(f"r{i}", tenant or "(default)", i, 10, 10.0))
-            queue.accounts.charge(tenant or "(default)", 10.0 * n * i)
-        queue.accounts.refills = n
-        for result in ORDER_RESULTS:
-            m.queue.ordered(result, 0.002, float(n))
-        m.queue.observe(queue, Order(("r0",), np.arange(3), held=1))
-        self._first.labels("tiny", "0").observe(0.1 * (1 + n % 5))
+        move(self.metrics, self.steps)
+        self._first.labels("tiny", "0").observe(0.1 * (1 + self.steps % 5))
         for gauge, value in zip(self._gauges, (3, 2, 0.5), strict=True):
             gauge.labels("tiny", "0").set(value)
+
+
+def move(m: ShareMetrics, n: int) -> None:
+    """The n-th second of an engine in which everything happens that is counted."""
+    for i, (outcome, reason) in enumerate(LABELS):
+        reused = 80 if outcome is Outcome.REUSED else 0
+        spent = {"match_s": 0.001, "copy_s": 0.002, "recompute_s": 0.01}
+        found = {"computed_cells": 3000, "discovered": 0 if reused else 40, "saved_s": 0.2 if n % 5 else -0.1}
+        report = ShareReport(20, reused, reused // 5, 30, outcome, reason, **found, **spent)
+        m.record(report, TENANTS[i % 3])
+    m.indexed(0.001)
+    m.repaired(2, 0.001)
+    left = Counter(dict.fromkeys(LEFT, n))
+    index = _Index(tokens=1000 * n, entries=100 * n, nbytes=40_000 * n, donors=n, left=left)
+    m.observe(index, SimpleNamespace(active=n % 3))
+    for result, reason in AUDIT_RESULTS:
+        m.audits.ended(result, reason)
+    m.audits.spent(50)
+    m.audits.timed(0.5, 0.4)
+    m.audits.shut()
+    for tenant in TENANTS:
+        kl = 0.01 * (1 + n % 4)
+        m.audits.measured(tenant, "consensus", SimpleNamespace(kl=kl, kl_first=kl / 2, same=0.8, same_first=1.0))
+        m.audits.controlled(tenant, 0.18 + 0.01 * (n % 3), n % 7 == 0 and tenant == "blue")
+    queue = Queue("fair", Accounts(1000.0), 8)
+    for i, tenant in enumerate(TENANTS):
+        queue.add(Waiting(f"r{i}", tenant or "(default)", i, 10, 10.0))
+        queue.accounts.charge(tenant or "(default)", 10.0 * n * i)
+    queue.accounts.refills = n
+    for result in ORDER_RESULTS:
+        m.queue.ordered(result, 0.002, float(n))
+    m.queue.observe(queue, Order(("r0",), np.arange(3), held=1))

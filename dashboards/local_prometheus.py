@@ -14,6 +14,7 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 _READY_S = 60
+_NO_NUMBER = ("NaN", "+Inf", "-Inf")
 
 
 def binaries() -> Path:
@@ -45,9 +46,9 @@ class Prometheus:
         return answer["data"]
 
     def over(self, query: str, start: float, end: float, step: float) -> list[tuple[dict, list[tuple[float, float]]]]:
-        """(labels, [(time in seconds, value)]) of every series a query gives over a range; NaN values are left out."""
+        """(labels, [(time in seconds, value)]) of every series a query gives, without values that are no numbers."""
         found = self.ask("query_range", query=query, start=start, end=end, step=step)["result"]
-        rows = ((r["metric"], [(float(t), float(v)) for t, v in r["values"] if v != "NaN"]) for r in found)
+        rows = ((r["metric"], [(float(t), float(v)) for t, v in r["values"] if v not in _NO_NUMBER]) for r in found)
         return [(labels, points) for labels, points in rows if points]
 
     def names(self) -> set[str]:

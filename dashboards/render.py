@@ -58,14 +58,14 @@ def curves(prometheus: Prometheus, panel: dict, start: float, end: float, rate: 
     return dict(sorted(found.items(), key=lambda item: -item[1][-1][1])[:_SERIES])
 
 
-def _stat(axes, panel: dict, found: dict) -> None:
+def _stat(axes, panel: dict, found: dict, columns: int) -> None:
     axes.axis("off")
     (points,) = list(found.values()) or [[]]
     text = number(points[-1][1], panel["unit"]) if points else "no data"
     axes.text(0.5, 0.45, text, ha="center", va="center", fontsize=22, color="#2a6f4e")
 
 
-def _series(axes, panel: dict, found: dict) -> None:
+def _series(axes, panel: dict, found: dict, columns: int) -> None:
     if not found:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="#999999")
     if panel.get("stack") and found:
@@ -83,7 +83,7 @@ def _series(axes, panel: dict, found: dict) -> None:
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=7)
     if found:
-        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=5, frameon=False)
+        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=columns, frameon=False)
 
 
 def _clock(times: list[float]) -> np.ndarray:
@@ -110,7 +110,7 @@ def draw(prometheus: Prometheus, name: str, path: Path, start: float, end: float
         axes.set_title(made["title"], fontsize=9)
         panel = by_title[made["title"]]
         found = curves(prometheus, panel, start, end, rate)
-        (_stat if made["type"] == "stat" else _series)(axes, panel, found)
+        (_stat if made["type"] == "stat" else _series)(axes, panel, found, at["w"] // 3 + 1)
         if not found:
             empty.append(made["title"])
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -72,10 +72,13 @@ class ShareMetrics(_Recorder):
         self.queue = QueueMetrics(made, self._named)
 
     def started(self, config) -> None:
-        """Show what does not change: whether reuse may happen, the target, the index's limit."""
+        """Show what does not change: whether reuse may happen, the target, the index's limit, the strategy."""
         self._set("enabled", config.mode == "on")
         self._set("target_kl_nats", config.target_kl)
         self._set("index_limit_tokens", config.index_tokens)
+        for span in SPANS:  # else the first audit would go unseen: a rate needs a value before
+            self._of("audit_kl_nats", (config.strategy, span))
+            self._of("audit_agreement", (config.strategy, span))
 
     def record(self, report: ShareReport, tenant: str = "") -> None:
         """Count one request; a prompt that runs again after a retraction counts its tokens only once."""

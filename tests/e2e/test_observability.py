@@ -117,7 +117,6 @@ def test_the_live_page_in_a_browser(server, played):
     if browser is None:
         pytest.skip("no Chromium: apt-get install --no-install-recommends chromium")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-    shown = subprocess.run(
-        [browser, *flags, "--dump-dom", f"{server.url}/kvshare/"], capture_output=True, text=True, timeout=120
-    )
+    command = [browser, *flags, "--dump-dom", f"{server.url}/kvshare/"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert all(f"<td>{tenant}</td>" in shown.stdout for tenant in TENANTS), shown.stderr[-500:]

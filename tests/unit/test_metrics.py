@@ -207,6 +207,7 @@ def test_what_does_not_change_is_shown_from_the_start(metrics, registry, mode, v
     metrics.started(KVShareConfig(mode=mode, target_kl=0.07, index_tokens=1234))
     seen = samples(registry)
     assert seen["kvshare_enabled", ()] == value  # reuse may happen
+    assert seen["kvshare_audit_kl_nats_count", ("sent", KVShareConfig().strategy)] == 0
     assert (seen["kvshare_target_kl_nats", ()], seen["kvshare_index_limit_tokens", ()]) == (0.07, 1234)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from kvshare_sched.series import ORIGINS, OTHER, PREFIX, WAITS
 
 _SGLANG = "sglang:"
+_WAITS = {"turn": "may start", "deficit": "others come first", "duplicate": "somebody computes their text"}
 Samples = dict[str, list[tuple[dict, float]]]  # sample name -> (labels, value)
 
 
@@ -79,10 +80,7 @@ def _reuse(s: State) -> list[tuple]:
 
 
 def _queue(s: State) -> list[tuple]:
-    waiting = [
-        (f"waiting for {'their' if w == 'turn' else 'a'} {w}", _n(s.now("waiting_requests", **{"for": w})))
-        for w in WAITS
-    ]
+    waiting = [(f"waiting, {_WAITS[w]}", _n(s.now("waiting_requests", **{"for": w}))) for w in WAITS]
     return [
         ("running", _n(s.sglang("num_running_reqs"))),
         *waiting,

@@ -18,6 +18,8 @@ table {{ border-collapse: collapse }}
 td, th {{ padding: .15em 1em .15em 0; text-align: left; border-bottom: 1px solid #e4e7eb; vertical-align: top }}
 .bar {{ display: flex; height: 2.2em; border: 1px solid #cbd2d9 }}
 .bar span {{ min-width: 1px }}
+.key {{ padding: .1em .7em; margin-right: .5em; color: #fff }}
+.tables {{ display: flex; flex-wrap: wrap; gap: 0 3.5em }}
 {colours}
 </style></head><body><h1>{title}</h1>
 {body}
@@ -34,13 +36,14 @@ def html_page(title: str, body: str, refresh_s: int | None = None) -> str:
 
 def html_tables(sections: Sequence[Section]) -> str:
     """All sections, one table each; empty ones are left out."""
-    return "\n".join(_html_table(*section) for section in sections if section[2])
+    tables = "\n".join(_html_table(*section) for section in sections if section[2])
+    return f'<div class="tables">\n{tables}\n</div>'
 
 
 def _html_table(title: str, heads: tuple[str, ...], rows: list[tuple]) -> str:
     head = f"<tr>{''.join(f'<th>{escape(h)}</th>' for h in heads)}</tr>" if any(heads) else ""
     body = "\n".join(f"<tr>{''.join(f'<td>{escape(str(c))}</td>' for c in row)}</tr>" for row in rows)
-    return f"<h2>{escape(title)}</h2>\n<table>{head}\n{body}</table>"
+    return f"<section><h2>{escape(title)}</h2>\n<table>{head}\n{body}</table></section>"
 
 
 def html_bar(runs: Sequence[dict]) -> str:
@@ -50,7 +53,8 @@ def html_bar(runs: Sequence[dict]) -> str:
         f'title="{r["origin"]}: {r["start"]} to {r["start"] + r["length"]}"></span>'
         for r in runs
     )
-    return f'<div class="bar">{"".join(parts)}</div>'
+    keys = (f'<span class="key {o}">{o}</span>' for o in dict.fromkeys(r["origin"] for r in runs))
+    return f'<div class="bar">{"".join(parts)}</div><p>{"".join(keys)}</p>'
 
 
 def html_links(title: str, links: Sequence[tuple[str, str]]) -> str:

@@ -25,7 +25,10 @@ EXTRA_KEY, CACHE_SALT = "x-kvshare-extra-key", "x-kvshare-cache-salt"  # how a t
 
 
 class Recent:
-    """The latest reports of every tenant, so that a busy one pushes out only its own."""
+    """The latest reports of every tenant, so that a busy one pushes out only its own.
+
+    The event loop writes while other threads read, so readers walk over copies.
+    """
 
     def __init__(self, each: int = EACH, tenants: int = TENANTS):
         self._each, self._tenants = each, tenants
@@ -44,11 +47,11 @@ class Recent:
 
     def find(self, rid: str) -> dict | None:
         """What is kept of a request, whoever sent it."""
-        return next((mine[rid] for mine in self._of.values() if rid in mine), None)
+        return next((record for mine in list(self._of.values()) if (record := mine.get(rid)) is not None), None)
 
     def latest(self, count: int) -> list[dict]:
         """Some of the latest requests of the latest tenants, newest first."""
-        newest = (record for mine in reversed(self._of.values()) for record in reversed(mine.values()))
+        newest = (record for mine in reversed(list(self._of.values())) for record in reversed(list(mine.values())))
         return [record for record, _ in zip(newest, range(count), strict=False)]
 
 

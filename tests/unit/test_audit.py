@@ -92,8 +92,8 @@ class World:
     def __init__(self, **settings):
         self.registry, self.shut = CollectorRegistry(), []
         self.config = KVShareConfig(**{"audit_share": 1.0} | settings)
-        metrics = ShareMetrics(registry=self.registry)
-        self.auditor = Auditor(self.config, self.shut.append, metrics.audits)
+        self.metrics = ShareMetrics(registry=self.registry)
+        self.auditor = Auditor(self.config, self.shut.append, self.metrics.audits)
         self.count = 0
 
     def begin(self, tenant="here", *, prompt_len=100, donors=(7,), outcome=Outcome.REUSED, wished=False, **more) -> str:
@@ -176,6 +176,16 @@ def test_an_audit_measures_what_the_model_gave():
     assert mine == pytest.approx(truth, rel=1e-3)
     assert world.results() == {("done", "none"): 1}
     assert world.value("kvshare_audit_tokens_total") == 106
+
+
+def test_a_full_prefill_shows_how_far_the_cost_model_is_off():
+    world = World()
+    auditor = world.auditor = Auditor(world.config, world.shut.append, world.metrics.audits, token_s=0.01)
+    auditor.started_s = 50.0
+    auditor.timed(51.5, 100)
+    auditor.timed(49.0, 0)  # a clock that was set back
+    assert world.value("kvshare_audit_prefill_seconds_total", by="clock") == 1.5
+    assert world.value("kvshare_audit_prefill_seconds_total", by="model") == pytest.approx(1.0)
 
 
 def test_the_logits_are_copied_because_samplers_write_into_them():

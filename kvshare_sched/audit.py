@@ -61,13 +61,16 @@ class Audit:
 class Auditor:
     """Chooses, captures, queues and settles audits of one engine; the controller learns from them."""
 
-    def __init__(self, config: KVShareConfig, shut: Callable[[int], None], metrics=None):
+    def __init__(self, config: KVShareConfig, shut: Callable[[int], None], metrics=None, token_s: float = 0.0):
+        """token_s: what the cost model says a prompt token of ordinary prefill costs."""
         self.share, self.repair_rows = config.audit_share, config.repair_rows
         self.controller = Controller(config.ratio, config.target_kl)
         self.agree: Callable = lambda found: found  # rank 0's object on every rank
         self.queue: deque[Audit] = deque()
         self.running: Audit | None = None
         self.tokens = self.served = 0  # spent on audits; prompt tokens of clients
+        self.started_s = 0.0  # by the clock, for the metrics only
+        self._token_s = token_s
         self._shut = shut
         self._metrics = metrics
         self._captures: dict[str, Capture] = {}
@@ -189,6 +192,11 @@ class Auditor:
     def owns(self, rid: str) -> bool:
         """Whether a request is the reference now running."""
         return self.running is not None and self.running.rid == rid
+
+    def timed(self, now_s: float, tokens: int) -> None:
+        """The reference that is running has computed so many tokens; it shows how far the cost model can be trusted."""
+        if self._metrics is not None:
+            self._metrics.timed(max(0.0, now_s - self.started_s), max(0, tokens) * self._token_s)
 
     def settle(self, reference: Sequence[Sequence[float]] | None, best: Sequence[int] | None) -> None:
         """The reference has run: rows as `compare` takes them, None when it failed. Never raises."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from array import array
 
 from kvshare_sched.audit import Audit, Auditor
@@ -38,6 +39,7 @@ def on_idle(original, scheduler, *args, **kwargs):
         )
         if (audit := auditor.start(room)) is not None:
             try:
+                auditor.started_s = time.perf_counter()
                 scheduler.handle_generate_request(request_of(audit))
             except Exception:
                 logger.exception("kvshare: audit %s could not be started", audit.rid)
@@ -58,6 +60,7 @@ def stream_output(original, streamer, reqs, *args, **kwargs):
         for req in ours:
             if req.finished():
                 req.finished_output = True  # should it come by again, SGLang passes it over
+                auditor.timed(time.perf_counter(), len(req.origin_input_ids) - req.cached_tokens)
                 auditor.settle(*reference_of(req))
     return original(streamer, reqs, *args, **kwargs)
 

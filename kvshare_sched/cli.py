@@ -26,6 +26,9 @@ _BENCH_HELP = """play traces against a running server, or start several set-ups 
 time to first token, throughput, goodput, tenants, token origins; what is not an option below is passed to SGLang"""
 
 
+_SERVER = "http://127.0.0.1:30000"
+
+
 def _serve(options, rest: list[str]) -> int:
     from kvshare_sched import model, server
 
@@ -71,6 +74,19 @@ def _eval(options, rest: list[str]) -> int:
         out=options.out,
         server_arguments=rest,
     )
+
+
+def _explain(options, rest: list[str]) -> int:
+    from kvshare_sched import watch
+
+    who = {"key": options.key, "extra_key": options.extra_key, "cache_salt": options.cache_salt}
+    return watch.explain_request(options.url.rstrip("/"), options.rid, **who, html=options.html)
+
+
+def _top(options, rest: list[str]) -> int:
+    from kvshare_sched import watch
+
+    return watch.top(options.url.rstrip("/"), key=options.key, interval_s=options.interval, once=options.once)
 
 
 def _simulate(options, rest: list[str]) -> int:
@@ -188,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     documents = commands.add_parser(
         "documents", help="the library of a running server; an operator's key is read from KVSHARE_ADMIN_KEY"
     )
-    documents.add_argument("--url", default="http://127.0.0.1:30000")
+    documents.add_argument("--url", default=_SERVER)
     actions = documents.add_subparsers(dest="action", required=True)
     add = actions.add_parser("add", help="compute files, or all files of folders, and lend them to a group")
     add.add_argument("group")
@@ -201,6 +217,23 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("group")
     remove.add_argument("name")
     documents.set_defaults(run=_documents, passes_through=False)
+    explain = commands.add_parser(
+        "explain", help="one request of a running server: where every token came from, and why"
+    )
+    explain.add_argument("rid", help='the "id" of its answer')
+    explain.add_argument("--url", default=_SERVER)
+    key = {"default": os.environ.get("KVSHARE_ADMIN_KEY", "")}
+    explain.add_argument("--key", **key, help="an admin's API key, if it has any; with a tenants file, or a tenant's")
+    explain.add_argument("--extra-key", default="", help="a tenant's own, instead of an admin's key")
+    explain.add_argument("--cache-salt", default="", help="likewise")
+    explain.add_argument("--html", help="write a page to this file instead")
+    explain.set_defaults(run=_explain, passes_through=False)
+    top = commands.add_parser("top", help="the state of a running server: hit rates, queue, tenants, index, quality")
+    top.add_argument("--url", default=_SERVER)
+    top.add_argument("--key", **key, help="an operator's API key, where /metrics needs one")
+    top.add_argument("--interval", type=float, default=2.0, help="seconds")
+    top.add_argument("--once", action="store_true", help="print the counts since its start, and end")
+    top.set_defaults(run=_top, passes_through=False)
     model = commands.add_parser("model", help="prepare the embedded model, once")
     model.add_argument("--print-path", action="store_true", help="print its folder as the last line of stdout")
     model.set_defaults(run=_model, passes_through=False)

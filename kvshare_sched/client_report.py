@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 
+from kvshare_sched import pages
+
 _ATTRIBUTE = "kvshare_report"
 _RECENT = 8192  # answers whose report a stream may still ask for
 _recent: OrderedDict[str, dict] = OrderedDict()  # request id -> report
@@ -21,6 +23,8 @@ def update_request_meta_info(original, manager, meta_info, state, customized_inf
     if "kvshare" in customized_info:
         reports = [r for r in customized_info["kvshare"][index] or () if r is not None]
         if reports:
+            if (details := reports[0].pop("details", None)) is not None:  # for our own pages only
+                pages.recent.remember(meta_info["id"], reports[0], details)
             setattr(state, _ATTRIBUTE, reports[0])
             _recent[meta_info["id"]] = reports[0]
             while len(_recent) > _RECENT:

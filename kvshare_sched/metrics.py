@@ -1,226 +1,223 @@
-"""Every metric of the project, in one place. Prefix `kvshare_`, base units, fixed label values.
+"""Counting: what is recorded when, in the series of `series.py`, the one table of all metrics.
 
-`prometheus_client` is imported in the constructor: SGLang must have set PROMETHEUS_MULTIPROC_DIR before. One
-rank records (rank 0), so tensor parallelism multiplies nothing.
+`prometheus_client` is imported in the constructor: SGLang must have set PROMETHEUS_MULTIPROC_DIR before. Rank 0 of each
+engine records, so tensor parallelism multiplies nothing; data-parallel engines add up, or show the worst (`across`).
+A new number is a line in the table and a line here.
 """
 
 from __future__ import annotations
 
-from kvshare_sched.types import Outcome, Reason, ShareReport
+from collections.abc import Mapping, Sequence
 
-ORIGINS = ("exact", "reused", "fresh")
-REPORTED_PHASES = ("match", "copy", "recompute")
-PHASES = (*REPORTED_PHASES, "index", "repair")
-# Every pair that can occur. (reused, error): a later chunk of a long prompt failed and ran as ordinary prefill.
-LABELS = (
-    (Outcome.REUSED, Reason.NONE),
-    (Outcome.REUSED, Reason.ERROR),
-    (Outcome.DISCOVERED, Reason.NONE),
-    *((Outcome.ORDINARY, reason) for reason in Reason if reason is not Reason.NONE),
+from kvshare_sched.series import (
+    DEFAULT,
+    KL_BUCKETS,
+    LEFT,
+    ORIGINS,
+    OTHER,
+    PREFIX,
+    REPORTED_PHASES,
+    RESIDENT,
+    SERIES,
+    SPANS,
+    TENANTS,
+    WAITS,
 )
+from kvshare_sched.types import Reason, ShareReport
+
+_NAME = 64  # characters of a tenant's name that a label shows
 
 
-AUDIT_RESULTS = (
-    ("done", "none"),
-    ("failed", "capture"),  # the approximate logits could not be kept
-    ("failed", "reference"),  # the full prefill gave nothing to compare
-    ("dropped", "retracted"),
-    ("dropped", "abandoned"),  # reuse failed half-way
-    ("dropped", "no_answer"),  # nothing was sent that could be compared
-    ("dropped", "queue_full"),
-    ("dropped", "no_room"),
-    ("dropped", "lost"),  # aborted
-)
-ORDER_RESULTS = ("sorted", "unchanged", "failed")
-WAITS = ("turn", "deficit", "duplicate")
-_TENANTS = 32  # named in labels; the others share one value
-_KL = (0.0001, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3)  # nats, around the default target 0.03
+class _Recorder:
+    """Writes to the series by name."""
+
+    def __init__(self, made: dict, named: _Names):
+        self._made, self._named = made, named
+        self._known: dict[tuple, float] = {}  # latest value of running sums that others keep
+
+    def _of(self, name: str, labels: tuple):
+        return self._made[name].labels(*labels) if labels else self._made[name]
+
+    def _add(self, name: str, amount: float = 1, *labels: str) -> None:
+        self._of(name, labels).inc(amount)
+
+    def _set(self, name: str, value: float, *labels: str) -> None:
+        self._of(name, labels).set(value)
+
+    def _see(self, name: str, value: float, *labels: str) -> None:
+        self._of(name, labels).observe(value)
+
+    def _follow(self, name: str, total: float, *labels: str) -> None:
+        """Count what a running sum has grown by; one that starts over counts from nothing."""
+        before = self._known.get((name, labels), 0)
+        self._add(name, total - before if total >= before else total, *labels)
+        self._known[name, labels] = total
 
 
-class ShareMetrics:
-    """Counters and gauges of one engine; `registry` is for tests, the default is the process's own."""
+def _made(registry, *, edge: bool) -> dict:
+    """The series of an engine, or those of the process that talks HTTP, by name."""
+    import prometheus_client as prom
+
+    where = {"registry": registry or prom.REGISTRY}
+    kinds = {"counter": prom.Counter, "gauge": prom.Gauge, "histogram": prom.Histogram, "summary": prom.Summary}
+    made = {}
+    for s in (s for s in SERIES if s.edge is edge):
+        more = {"gauge": {"multiprocess_mode": f"live{s.across}"}, "histogram": {"buckets": KL_BUCKETS}}.get(s.kind, {})
+        made[s.name] = kinds[s.kind](PREFIX + s.name, s.help, s.labels, **more, **where)
+        for values in s.values if s.labels else ():
+            made[s.name].labels(*values)
+    return made
+
+
+class ShareMetrics(_Recorder):
+    """All series of one engine; `registry` is for tests, the default is the process's own."""
 
     def __init__(self, *, registry=None):
-        import prometheus_client as prom
+        made = _made(registry, edge=False)
+        super().__init__(made, _Names())
+        self.audits = AuditMetrics(made, self._named)
+        self.queue = QueueMetrics(made, self._named)
 
-        where = {"registry": registry or prom.REGISTRY}
-        live = where | {"multiprocess_mode": "mostrecent"}
-        self._tokens = prom.Counter(
-            "kvshare_prompt_tokens", "Prompt tokens by origin of their KV.", ["origin"], **where
-        )
-        self._recomputed = prom.Counter(
-            "kvshare_recomputed_tokens", "Reused prompt tokens whose KV was computed again.", **where
-        )
-        self._repaired = prom.Counter(
-            "kvshare_repaired_tokens", "Prompt tokens whose KV was computed again while decoding.", **where
-        )
-        self._discovered = prom.Counter(
-            "kvshare_discovered_tokens", "Prompt tokens that could have been reused (mode discover).", **where
-        )
-        self._requests = prom.Counter(
-            "kvshare_requests", "Requests by outcome and reason.", ["outcome", "reason"], **where
-        )
-        self._cells = prom.Counter("kvshare_prefill_cells", "(Layer x token) cells computed in prefill.", **where)
-        self._seconds = prom.Counter("kvshare_phase_seconds", "Seconds spent on reuse, by phase.", ["phase"], **where)
-        self._index_tokens = prom.Gauge("kvshare_index_tokens", "Donor tokens indexed.", **live)
-        self._index_entries = prom.Gauge("kvshare_index_entries", "Places in the index.", **live)
-        self._donors = prom.Gauge("kvshare_donors", "Donors indexed.", **live)
-        self._leases = prom.Gauge("kvshare_leases_held", "Donor pins held right now.", **live)
-        self._enabled = prom.Gauge(
-            "kvshare_enabled", "1 when the kvshare cache backend is wired in and may reuse KV.", **live
-        )
-        self.audits = AuditMetrics(where, live)
-        self.queue = QueueMetrics(where, live)
-        for origin in ORIGINS:
-            self._tokens.labels(origin)
-        for phase in PHASES:
-            self._seconds.labels(phase)
-        for outcome, reason in LABELS:
-            self._requests.labels(outcome.value, reason.value)
+    def started(self, config) -> None:
+        """Show what does not change: whether reuse may happen, the target, the index's limit, the strategy."""
+        self._set("enabled", config.mode == "on")
+        self._set("target_kl_nats", config.target_kl)
+        self._set("index_limit_tokens", config.index_tokens)
+        for span in SPANS:  # else the first audit would go unseen: a rate needs a value before
+            self._of("audit_kl_nats", (config.strategy, span))
+            self._of("audit_agreement", (config.strategy, span))
 
-    def record(self, report: ShareReport) -> None:
+    def record(self, report: ShareReport, tenant: str = "") -> None:
         """Count one request; a prompt that runs again after a retraction counts its tokens only once."""
-        self._requests.labels(report.outcome.value, report.reason.value).inc()
+        tenant = self._named(tenant)
+        self._add("requests", 1, report.outcome.value, report.reason.value)
+        self._add("tenant_requests", 1, tenant, report.outcome.value)
         if report.reason is Reason.RETRACTED:
             return
         for origin in ORIGINS:
-            self._tokens.labels(origin).inc(getattr(report, origin))
-        self._recomputed.inc(report.recomputed)
-        self._discovered.inc(report.discovered)
-        self._cells.inc(report.computed_cells)
+            self._add("prompt_tokens", getattr(report, origin), origin)
+            self._add("tenant_prompt_tokens", getattr(report, origin), tenant, origin)
+        self._add("recomputed_tokens", report.recomputed)
+        self._add("discovered_tokens", report.discovered)
+        self._add("prefill_cells", report.computed_cells)
+        self._add("saved_prefill_seconds", max(0.0, report.saved_s))
+        self._add("lost_prefill_seconds", max(0.0, -report.saved_s))
+        self._add("tenant_saved_prefill_seconds", max(0.0, report.saved_s), tenant)
         for phase in REPORTED_PHASES:
-            self._seconds.labels(phase).inc(getattr(report, f"{phase}_s"))
+            self._add("phase_seconds", max(0.0, getattr(report, f"{phase}_s")), phase)
 
     def indexed(self, seconds: float) -> None:
         """Count the time one donor took to enter the index."""
-        self._seconds.labels("index").inc(seconds)
+        self._add("phase_seconds", seconds, "index")
 
     def repaired(self, tokens: int, seconds: float) -> None:
         """Count one request's repair rows of a decode step and the time it took to choose and place them."""
-        self._repaired.inc(tokens)
-        self._seconds.labels("repair").inc(seconds)
+        self._add("repaired_tokens", tokens)
+        self._add("phase_seconds", seconds, "repair")
+
+    def borrowed(self, kinds: Mapping[str, int]) -> None:
+        """Count donor tokens read, by KINDS."""
+        for kind, tokens in kinds.items():
+            self._add("borrowed_tokens", tokens, kind)
 
     def observe(self, index, tree) -> None:
-        """Set the gauges from the live index and the leases held."""
-        self._index_tokens.set(index.tokens)
-        self._index_entries.set(index.entries)
-        self._donors.set(len(index))
-        self._leases.set(tree.active)
+        """Show the live index and the leases held."""
+        self._set("index_tokens", index.tokens)
+        self._set("index_entries", index.entries)
+        self._set("index_bytes", index.nbytes)
+        self._set("donors", len(index))
+        self._set("leases_held", tree.active)
+        for reason in LEFT:
+            self._follow("donors_left", index.left[reason], reason)
 
-    def enabled(self, mode: str) -> None:
-        """Say once at start-up whether reuse is wired in."""
-        self._enabled.set(1 if mode == "on" else 0)
 
-
-class AuditMetrics:
-    """What audits found and what the controller made of it, by tenant: the first 32 by name, then `other`."""
-
-    def __init__(self, where: dict, live: dict):
-        import prometheus_client as prom
-
-        self._ended = prom.Counter(
-            "kvshare_audits", "Audits by result and, unless done, reason.", ["result", "reason"], **where
-        )
-        labels = ["tenant", "strategy", "span"]
-        self._kl = prom.Histogram(
-            "kvshare_audit_kl_nats",
-            "KL(full || approximate) of audited answers, at the first token and mean over those sent.",
-            *(labels,),
-            buckets=_KL,
-            **where,
-        )
-        self._agreement = prom.Summary(
-            "kvshare_audit_agreement",
-            "Share of positions with the same likeliest token as full prefill.",
-            labels,
-            **where,
-        )
-        self._tokens = prom.Counter("kvshare_audit_tokens", "Tokens spent on audits, cached ones included.", **where)
-        self._ratio = prom.Gauge("kvshare_controller_ratio", "Recompute ratio a tenant has.", ["tenant"], **live)
-        self._off = prom.Gauge(
-            "kvshare_controller_off", "1 while reuse is off for a tenant that misses its target.", ["tenant"], **live
-        )
-        self._shut = prom.Counter("kvshare_sources_shut", "Donors removed for the harm they did.", **where)
-        self._named = _Names()
-        for result, reason in AUDIT_RESULTS:
-            self._ended.labels(result, reason)
+class AuditMetrics(_Recorder):
+    """What audits found and what the controller made of it."""
 
     def ended(self, result: str, reason: str) -> None:
         """Count one audit; see AUDIT_RESULTS."""
-        self._ended.labels(result, reason).inc()
+        self._add("audits", 1, result, reason)
 
     def spent(self, tokens: int) -> None:
         """Count the tokens of an audit that starts."""
-        self._tokens.inc(tokens)
+        self._add("audit_tokens", tokens)
+
+    def timed(self, clock_s: float, model_s: float) -> None:
+        """Count what a full prefill took, and what the cost model says it takes."""
+        self._add("audit_prefill_seconds", clock_s, "clock")
+        self._add("audit_prefill_seconds", model_s, "model")
 
     def measured(self, tenant: str, strategy: str, found) -> None:
         """Record an `audit.Measurement`."""
-        tenant = self._named(tenant)
-        self._kl.labels(tenant, strategy, "first").observe(found.kl_first)
-        self._kl.labels(tenant, strategy, "sent").observe(found.kl)
-        self._agreement.labels(tenant, strategy, "first").observe(found.same_first)
-        self._agreement.labels(tenant, strategy, "sent").observe(found.same)
+        for span, kl, same in zip(SPANS, (found.kl_first, found.kl), (found.same_first, found.same), strict=True):
+            self._see("audit_kl_nats", kl, strategy, span)
+            self._see("tenant_audit_kl_nats", kl, self._named(tenant), span)
+            self._see("audit_agreement", same, strategy, span)
 
     def controlled(self, tenant: str, ratio: float, off: bool) -> None:
         """Show what is in force for a tenant."""
-        tenant = self._named(tenant)
-        self._ratio.labels(tenant).set(ratio)
-        self._off.labels(tenant).set(off)
+        self._set("controller_ratio", ratio, self._named(tenant))
+        self._set("controller_off", off, self._named(tenant))
 
     def shut(self) -> None:
         """Count a donor removed for the harm it did."""
-        self._shut.inc()
+        self._add("sources_shut")
 
 
-class QueueMetrics:
+class QueueMetrics(_Recorder):
     """What ordering the waiting queue costs, and who waits for what."""
 
-    def __init__(self, where: dict, live: dict):
-        import prometheus_client as prom
+    def ordered(self, result: str, seconds: float, oldest_s: float = 0.0) -> None:
+        """Count one pass; see ORDER_RESULTS. oldest_s: how long the oldest request has waited."""
+        self._add("order_passes", 1, result)
+        self._add("order_seconds", seconds)
+        self._set("oldest_wait_seconds", oldest_s)
 
-        self._passes = prom.Counter("kvshare_order_passes", "Scheduling passes by result.", ["result"], **where)
-        self._seconds = prom.Counter("kvshare_order_seconds", "Seconds spent on ordering the queue.", **where)
-        self._rounds = prom.Gauge("kvshare_order_rounds", "Rounds of quanta granted since the start.", **live)
-        self._waiting = prom.Gauge(
-            "kvshare_waiting_requests", "Waiting requests by what they wait for.", ["for"], **live
-        )
-        self._deficit = prom.Gauge(
-            "kvshare_tenant_deficit_tokens", "What a tenant may still spend before others come.", ["tenant"], **live
-        )
-        self._service = prom.Gauge(
-            "kvshare_tenant_service_tokens", "Tokens charged to a tenant since it came.", ["tenant"], **live
-        )
-        self._named = _Names()
-        for result in ORDER_RESULTS:
-            self._passes.labels(result)
-        for wait in WAITS:
-            self._waiting.labels(wait)
-
-    def ordered(self, result: str, seconds: float) -> None:
-        """Count one pass; see ORDER_RESULTS."""
-        self._passes.labels(result).inc()
-        self._seconds.inc(seconds)
+    def emptied(self) -> None:
+        """Nobody waits any longer."""
+        self._set("oldest_wait_seconds", 0)
+        for name in WAITS:
+            self._set("waiting_requests", 0, name)
 
     def observe(self, queue, order) -> None:
-        """Show a `scheduling.Queue` and the order just made. Tenants beyond the first 32 are not shown."""
-        self._rounds.set(queue.accounts.refills)
+        """Show a `scheduling.Queue` and the order just made. Tenants beyond the first are not shown."""
+        self._follow("order_rounds", queue.accounts.refills)
         ready = len(order.ready)
         waits = (ready, len(order.rows) - ready - order.held, order.held)
         for name, count in zip(WAITS, waits, strict=True):
-            self._waiting.labels(name).set(count)
+            self._set("waiting_requests", count, name)
         for account, deficit in queue.accounts.deficits.items():
-            if (name := self._named(account)) == account:
-                self._deficit.labels(name).set(deficit)
-                self._service.labels(name).set(queue.accounts.served[account])
+            if (name := self._named(account)) != OTHER:
+                self._set("tenant_deficit_tokens", deficit, name)
+                self._set("tenant_service_tokens", queue.accounts.served[account], name)
+
+
+class EdgeMetrics(_Recorder):
+    """What the process that talks HTTP counts where a tenants file is in force."""
+
+    def __init__(self, *, registry=None):
+        super().__init__(_made(registry, edge=True), _Names())
+
+    def refused(self, tenant: str, quota: str) -> None:
+        """Count a refusal; see QUOTAS."""
+        self._add("quota_refusals", 1, self._named(tenant), quota)
+
+    def library(self, documents: Sequence[Mapping]) -> None:
+        """Show the documents, as `Librarian.list` has them."""
+        for state, there in zip(RESIDENT, (True, False), strict=True):
+            tokens = [document["tokens"] for document in documents if document["resident"] is there]
+            self._set("documents", len(tokens), state)
+            self._set("document_tokens", sum(tokens), state)
 
 
 class _Names:
-    """The first 32 tenants by name, then `other`."""
+    """The first tenants by name, then `other`: whoever invents names cannot fill the server with series."""
 
     def __init__(self):
         self._seen: set[str] = set()
 
     def __call__(self, tenant: str) -> str:
-        if len(self._seen) < _TENANTS:
+        tenant = tenant[:_NAME] or DEFAULT
+        if len(self._seen) < TENANTS:
             self._seen.add(tenant)
-        return tenant if tenant in self._seen else "other"
+        return tenant if tenant in self._seen else OTHER

@@ -18,7 +18,7 @@ import numpy as np
 from kvshare_sched.audit import Auditor
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
+from kvshare_sched.planner import CostModel, build_plan, expected_cells, rows_per_layer
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.strategies import get as get_strategy
 from kvshare_sched.strategies.base import Strategy
@@ -49,6 +49,7 @@ class Session:
     asks_until: int = 0  # prompt tokens before those a client wants scored: the question ends here
     stamp: Stamp | None = None  # of its tenant, when a tenants file is in force
     private: bool = False  # what was found stems from another tenant's conversations: its client sees no trace of it
+    tenant: str = ""  # as metrics name it; known of requests that cannot take part too
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     leases: dict[int, DonorLease] = field(default_factory=dict)
@@ -63,6 +64,11 @@ class Session:
     repair: RepairQueue | None = None  # what may be repaired while decoding; None: nothing
     reported: bool = False
     on_report: Callable[[ShareReport], None] | None = None  # hands the report to the client's answer
+
+    @property
+    def own(self) -> bool:
+        """Whether the server has sent it itself, to compute or to drop a document of the library."""
+        return self.stamp is not None and bool(self.stamp.document)
 
     @property
     def strategy(self) -> Strategy:
@@ -97,7 +103,8 @@ class Pipeline:
         self.index = SegmentIndex(
             window=config.window, min_run=config.min_run, capacity=config.index_tokens, limits=self.desk.limits
         )
-        self.auditor = Auditor(config, self.index.remove, metrics.audits if metrics is not None else None)
+        told = metrics.audits if metrics is not None else None
+        self.auditor = Auditor(config, self.index.remove, told, token_s=costs.cell_s * costs.layers)
         self.sessions: dict[str, Session] = {}
         self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
         self._memo: OrderedDict[str, tuple] = OrderedDict()
@@ -244,7 +251,10 @@ class Pipeline:
             if stamp.forget:
                 self.desk.forget(stamp.tenant, stamp.document, self.index, self.tree)
             if session.plan is not None:
-                self.desk.borrowed(session.rid, stamp, session.namespace, session.plan.segments, self.index.donors)
+                donors = self.index.donors
+                kinds = self.desk.borrowed(session.rid, stamp, session.namespace, session.plan.segments, donors)
+                if self.metrics is not None:
+                    self.metrics.borrowed(kinds)
         except Exception:
             logger.exception("kvshare: the tenant of request %s could not be looked after", session.rid)
 
@@ -308,7 +318,13 @@ class Pipeline:
 
     def report_of(self, session: Session) -> ShareReport:
         """What is known about a request by now."""
-        reused = session.plan.reused_len if session.plan is not None else 0
+        reused, expected, expected_s, saved_s = 0, 0, 0.0, 0.0
+        if session.plan is not None:
+            reused = session.plan.reused_len
+            expected = expected_cells(session.plan, session.strategy, session.config, self.costs.layers)
+            expected_s = self.costs.saving_s(session.plan, expected)
+            if session.done_upto >= session.prompt_len:  # else it was aborted, and has not computed its cells
+                saved_s = self.costs.saving_s(session.plan, session.cells)
         return ShareReport(
             exact=session.exact_len,
             reused=reused,
@@ -323,6 +339,9 @@ class Pipeline:
             if session.plan
             else (session.prompt_len - session.exact_len) * self.costs.layers,
             layers=self.costs.layers,
+            expected_cells=expected,
+            expected_s=expected_s,
+            saved_s=saved_s,
             match_s=session.match_s,
             copy_s=session.copy_s,
             recompute_s=session.recompute_s,
@@ -337,8 +356,9 @@ class Pipeline:
             report = self.report_of(session)
             if session.on_report is not None:
                 session.on_report(report.as_ordinary() if session.private else report)
-            if self.metrics is not None and not self.auditor.owns(session.rid):  # metrics speak of clients
-                self.metrics.record(report)
+            # Metrics speak of clients.
+            if self.metrics is not None and not (session.own or self.auditor.owns(session.rid)):
+                self.metrics.record(report, session.tenant)
         except Exception:
             logger.exception("kvshare: no report for request %s", session.rid)
 
@@ -375,13 +395,14 @@ class Pipeline:
             return
         if donor_id is not None:
             self._donor_of[rid] = donor_id
+            self.index.donors[donor_id].rid = rid
         if self.metrics is not None:
             self.metrics.indexed(time.perf_counter() - started)
         self._gauges()
 
     def _tenant_published(self, rid: str, namespace: Namespace, donor_id: int | None) -> None:
         owner, session = owner_of(namespace.extra_key), self.sessions.get(rid)
-        if session is not None and session.stamp is not None and session.stamp.document:
+        if session is not None and session.own:
             self.desk.document(owner, session.stamp.document, donor_id)
         self.desk.published(owner, self.index, self.tree)
 

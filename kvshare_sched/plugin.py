@@ -8,11 +8,11 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from kvshare_sched import client_report, support
+    from kvshare_sched import client_report, pages, support
 
     if BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(BACKEND, _radix_cache)
-    hooks = {**support.hooks(), **client_report.hooks()}
+    hooks = {**support.hooks(), **client_report.hooks(), **pages.hooks()}
     if _with_tenants():
         from kvshare_sched.tenants import hooks as tenant_hooks
 

@@ -185,6 +185,12 @@ SEAMS = (
         ("server_args", "tokenizer_manager", "template_manager", "port_args", "scheduler_infos"),
     ),
     Seam(f"{_SRT}.entrypoints.http_server.app.add_middleware"),
+    # pages beside /metrics
+    Seam(f"{_SRT}.utils.common.add_prometheus_middleware", ("app",)),
+    Seam(f"{_SRT}.runtime_context.get_serving"),
+    Seam(f"{_SRT}.utils.auth.decide_request_auth", ("authorization_header", "api_key", "admin_api_key", "auth_level")),
+    Seam(f"{_SRT}.utils.auth.AuthLevel.ADMIN_OPTIONAL"),
+    Seam(f"{_SRT}.utils.auth.auth_level", ("level",)),
     # tell the client
     Seam(
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",

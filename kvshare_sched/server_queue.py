@@ -60,6 +60,7 @@ class ServerQueue:
         self._arrivals = 0
         self._listed: list = []  # SGLang's list as we left it
         self._waiting: dict[str, object] = {}
+        self._came_s: dict[str, float] = {}  # when each began to wait, oldest first; for the metrics only
         self._running: dict[str, _Running] = {}
         self._returning: dict[str, Waiting] = {}  # retracted, not waiting again yet
         self._long = None  # the prompt that is cut in chunks and not finished
@@ -193,13 +194,14 @@ class ServerQueue:
             come = [req for req in waiting if self._waiting.get(req.rid) is not req]
         for req in gone:
             if self._waiting.get(req.rid) is req:  # else it runs
-                del self._waiting[req.rid]
+                del self._waiting[req.rid], self._came_s[req.rid]
                 self._peek.remove(req.rid)
                 self.queue.remove(req.rid)
         sign = policy.priority_sign if policy.enable_priority_scheduling else 0
         for req in come:
             self._arrive(req, float(sign * req.priority) if sign else 0.0)
             self._waiting[req.rid] = req
+            self._came_s[req.rid] = time.perf_counter()
         self._returning.clear()
         if len(self._waiting) != len(waiting):
             raise ValueError(f"{len(waiting)} requests wait, {len(self._waiting)} are known")
@@ -221,7 +223,9 @@ class ServerQueue:
         self._peek.add(Prompt(req.rid, namespace, size, _key(req, tokens), reusable, lends=kind))
 
     def _start(self, req) -> None:
-        del self._waiting[req.rid]
+        del self._waiting[req.rid], self._came_s[req.rid]
+        if not self._waiting:
+            self._tell("emptied")  # SGLang asks for no order while nobody waits
         prompt = self._peek.remove(req.rid)
         session = self._pipeline.sessions.get(req.rid)
         plan = session.plan if session is not None else None
@@ -269,7 +273,11 @@ class ServerQueue:
         if self._metrics is None:
             return
         try:
-            self._metrics.ordered(result, seconds)
+            now_s = time.perf_counter()
+            if result == "emptied":
+                self._metrics.emptied()
+            else:
+                self._metrics.ordered(result, seconds, now_s - next(iter(self._came_s.values()), now_s))
             if order is not None:
                 self._metrics.observe(self.queue, order)
         except Exception:

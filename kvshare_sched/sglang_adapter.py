@@ -14,6 +14,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from kvshare_sched import explain
+from kvshare_sched.audit import tenant_of
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.planner import CostModel
 from kvshare_sched.tenants.desk import Desk, lenders_of
@@ -92,11 +94,25 @@ def _view_of(req, stamp: Stamp | None) -> RequestView | Reason:
     return RequestView(req.rid, namespace, tokens, req.prefix_len, fresh_from, wishes, lenders_of(stamp, namespace))
 
 
-def attach_report(req, report) -> None:
-    """Let the answer carry the report: one object, sent with the request's first output."""
+def attach_report(req, report, details: dict | None) -> None:
+    """Let the answer carry the report: one object, sent with the request's first output.
+
+    details: for our own pages, taken off before the client sees it.
+    """
     info = req.customized_info or {}
     if REPORT_KEY not in info:
-        req.customized_info = info | {REPORT_KEY: [report.to_json()]}
+        req.customized_info = info | {REPORT_KEY: [report.to_json() | ({"details": details} if details else {})]}
+
+
+def _details(req, session, index) -> dict | None:
+    """None for the server's own documents. Never raises: an answer with a report and no page beats no report."""
+    if session.own:
+        return None
+    try:
+        return explain.details(session, namespace_of(req), index)
+    except Exception:
+        logger.exception("kvshare: request %s cannot be explained", req.rid)
+        return None
 
 
 # ---- scheduler hooks ----
@@ -110,6 +126,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
         return original(adder, req, *args, **kwargs)
     stamp = stamp_of(req, pipeline.config)
     session = pipeline.admit(view_of(req, stamp), req.rid, len(req.origin_input_ids), req.prefix_len, stamp)
+    session.tenant = tenant_of(namespace_of(req))
     if has_chunked_req and not _fits_whole(pipeline, session, adder, req):
         pipeline.withdraw(session)
         return _other()
@@ -127,7 +144,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
         result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
-    session.on_report = lambda report: attach_report(req, report)
+    session.on_report = lambda report: attach_report(req, report, _details(req, session, pipeline.index))
     pipeline.begin(session)
     return result
 
@@ -224,7 +241,7 @@ def wire(cache, ctx):
     metrics = None
     if ctx.tp_rank == 0 and ctx.params.enable_metrics:
         metrics = ShareMetrics()
-        metrics.enabled(config.mode)
+        metrics.started(config)
     records = config.tenants_file and ctx.tp_rank == 0
     desk = Desk(BorrowLog(config.borrow_log) if records else None)
     pipeline = Pipeline(config, DonorTree(cache), costs, metrics, desk=desk)

@@ -223,6 +223,9 @@ class ShareReport:
     strategy: str = ""
     computed_cells: int = 0
     layers: int = 0
+    expected_cells: int = 0  # what the plan was chosen for
+    expected_s: float = 0.0  # prefill seconds it was expected to save
+    saved_s: float = 0.0  # the same of the cells computed, by the cost model; negative when reuse cost more
     match_s: float = field(default=0.0)
     copy_s: float = field(default=0.0)
     recompute_s: float = field(default=0.0)
@@ -241,6 +244,7 @@ class ShareReport:
             self,
             **{"reused": 0, "recomputed": 0, "fresh": self.fresh + self.reused, "donors": 0, "discovered": 0},
             **{"outcome": Outcome.ORDINARY, "reason": Reason.NO_MATCH, "copy_s": 0.0, "recompute_s": 0.0},
+            **{"expected_cells": 0, "expected_s": 0.0, "saved_s": 0.0},
             computed_cells=(self.fresh + self.reused) * self.layers,
         )
 

@@ -22,7 +22,7 @@ from kvshare_sched.types import Namespace
 from radix_ext.hashing import window_hashes, winnow
 
 OCCURRENCES = 4  # places kept per fingerprint; the oldest gives way
-_NOWHERE = -1
+_TOKEN_BYTES, _PLACE_BYTES = 4, 380  # measured as above, for `nbytes`
 
 
 @dataclass(slots=True)
@@ -34,6 +34,7 @@ class Donor:
     tokens: np.ndarray  # int32 [length]
     places: list[tuple[int, int]] = field(default_factory=list)  # (table row, position), ascending position
     scanned: int = 0  # windows that start before this position have been fingerprinted
+    rid: str = ""  # the request that computed it
 
     @property
     def owner(self) -> str:
@@ -101,6 +102,7 @@ class SegmentIndex:
         self.tokens = 0  # indexed, all namespaces
         self.owned: Counter[str] = Counter()  # the same by owner
         self.entries = 0  # places kept, all namespaces
+        self.left: Counter[str] = Counter()  # donors gone, by reason
 
     # ---- changes ----
 
@@ -131,8 +133,10 @@ class SegmentIndex:
         most = self.limits[owner].most if owner in self.limits else None
         while most is not None and self.owned[owner] > most:
             self.remove(victim(self._by_age(), self.owned, self.limits, owner))
+            self.left["quota"] += 1
         while self.tokens > self.capacity and len(self.donors) > 1:
             self.remove(victim(self._by_age(), self.owned, self.limits))
+            self.left["limit"] += 1
 
     def _by_age(self):
         """(id, owner, tokens), least recently used first."""
@@ -190,6 +194,7 @@ class SegmentIndex:
             return
         if length < self.window:
             self.remove(donor_id)
+            self.left["evicted"] += 1
             return
         table = self._tables[donor.namespace]
         while donor.places and donor.places[-1][1] + self.window > length:
@@ -217,6 +222,7 @@ class SegmentIndex:
 
     def clear(self) -> None:
         """Forget everything (the tree was flushed)."""
+        self.left["flushed"] += len(self.donors)
         self.donors.clear()
         self._tables.clear()
         self.owned.clear()
@@ -266,6 +272,11 @@ class SegmentIndex:
         """Which of these window hashes some donor of the namespace has. Donors may have left the tree since."""
         table = self._tables.get(namespace)
         return [False] * len(hashes) if table is None else [h in table.row_of for h in hashes]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, estimated."""
+        return _TOKEN_BYTES * self.tokens + _PLACE_BYTES * self.entries
 
     def __len__(self) -> int:
         return len(self.donors)

@@ -6,12 +6,11 @@ import json
 import logging
 from urllib.parse import parse_qs
 
-from kvshare_sched.tenants.edge import path_of
+from kvshare_sched.tenants.edge import DOCUMENTS, path_of
 from kvshare_sched.tenants.librarian import Librarian
 from kvshare_sched.tenants.library import LONGEST_TEXT, Rejected, checked
 
 logger = logging.getLogger(__name__)
-PATH = "/kvshare/documents"
 _LONGEST_BODY = 6 * LONGEST_TEXT + 65_536  # bytes: JSON may write a character as \\uXXXX
 
 
@@ -27,7 +26,7 @@ class Admin:
         except Rejected as problem:
             status, answer = problem.status, {"error": {"message": str(problem), "code": problem.status}}
         except Exception:
-            logger.exception("kvshare: a request to %s failed", PATH)
+            logger.exception("kvshare: a request to %s failed", DOCUMENTS)
             status, answer = 503, {"error": {"message": "the document could not be computed; see the log", "code": 503}}
         body = json.dumps(answer).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -35,8 +34,8 @@ class Admin:
         await send({"type": "http.response.body", "body": body})
 
     async def _answer(self, scope, receive) -> dict:
-        if path_of(scope) != PATH:
-            raise Rejected(404, f"nothing is here; accepted: {PATH}")
+        if path_of(scope) != DOCUMENTS:
+            raise Rejected(404, f"nothing is here; accepted: {DOCUMENTS}")
         if scope["method"] == "GET":
             return {"documents": self.librarian.list()}
         if scope["method"] == "POST":

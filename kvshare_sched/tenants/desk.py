@@ -6,10 +6,11 @@ request on; a tenant that has sent none keeps what it had.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from kvshare_sched.tenants.log import BorrowLog, loans
-from kvshare_sched.tenants.policy import Stamp
+from kvshare_sched.tenants.policy import OWN, Stamp
 from kvshare_sched.tenants.quotas import DonorLimits, to_hold
 from kvshare_sched.types import Namespace, Segment
 
@@ -35,13 +36,20 @@ class Desk:
         """A request of this tenant is admitted."""
         self.limits[stamp.tenant] = DonorLimits(stamp.donor_tokens, stamp.guaranteed)
 
-    def borrowed(self, rid: str, stamp: Stamp, own: Namespace, segments: Sequence[Segment], donors) -> None:
-        """Record what an admitted request borrows; donors: of the index, by id."""
-        if self._log is None:
-            return
-        used = {place.donor_id for segment in segments for place in segment.places}
-        if found := loans(segments, {i: donors[i].namespace for i in used}, own, stamp.lenders):
+    def borrowed(self, rid: str, stamp: Stamp, own: Namespace, segments: Sequence[Segment], donors) -> Counter[str]:
+        """Record what an admitted request borrows; donors: of the index, by id.
+
+        Returns donor tokens read by kind of donor: OWN, or the rule that allows it; every donor of a text counts.
+        """
+        places = [place for segment in segments for place in segment.places]
+        found = loans(segments, {p.donor_id: donors[p.donor_id].namespace for p in places}, own, stamp.lenders)
+        if found and self._log is not None:
             self._log.write(rid, stamp, found)
+        kinds = Counter({OWN: sum(place.length for place in places)})
+        for loan in found:
+            kinds[loan["rule"]] += loan["tokens"]
+            kinds[OWN] -= loan["tokens"]
+        return kinds
 
     def published(self, owner: str, index, tree) -> None:
         """An owner's donors have changed: pin those its guarantee covers, most recently used first."""

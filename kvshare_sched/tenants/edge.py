@@ -29,6 +29,8 @@ SERVED = frozenset(
         "/vertex_generate",
     }
 )
+PAGES = "/kvshare/requests/"  # a tenant's own requests; the pages look whose they are
+DOCUMENTS = "/kvshare/documents"
 _START = frozenset({"/model_info", "/generate", "/encode", "/freeze_gc"})  # what a starting server asks itself
 own_request: contextvars.ContextVar[bool] = contextvars.ContextVar("kvshare_own_request", default=False)
 caller_here: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("kvshare_caller", default=None)
@@ -37,11 +39,20 @@ caller_here: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("kvs
 class Edge:
     """What the HTTP process knows of tenants: the file in force, requests in flight, the engine's mark."""
 
-    def __init__(self, file: TenantsFile, mark: Callable[[], str], *, sign: int = 0, starting=lambda: False):
+    def __init__(
+        self,
+        file: TenantsFile,
+        mark: Callable[[], str],
+        *,
+        sign: int = 0,
+        starting=lambda: False,
+        refused: Callable[[str, str], None] = lambda tenant, quota: None,
+    ):
         """mark(): that of the engine, which changes with its weights. sign: 1 where SGLang runs large priorities first,
-        -1 small ones, 0 where it looks at none. starting(): the server sends itself its first requests.
+        -1 small ones, 0 where it looks at none. starting(): the server sends itself its first requests. refused: as
+        `Flights` takes it.
         """
-        self.flights = Flights()
+        self.flights = Flights(refused)
         self._mark = mark
         self.starting = starting
         self.sign = sign
@@ -71,9 +82,12 @@ class Edge:
         caller = identify(scope["headers"], tenants)
         if isinstance(caller, Refusal) or caller.operator:
             return caller
+        if scope["type"] == "http" and path.startswith(PAGES):
+            return caller
         if scope["type"] != "http" or path not in SERVED:
             return Refusal(403, "this path is for operators")
         if self.flights.full(caller.tenant):
+            self.flights.refused(caller.tenant.name, "requests")
             return Refusal(429, f"this tenant may have {caller.tenant.requests} requests in flight, and has")
         return caller
 
@@ -97,7 +111,7 @@ class Middleware:
     """ASGI: identify, refuse or pass on with the caller in the context that every handler runs in."""
 
     def __init__(self, app, edge: Edge, admin=None, background=None):
-        """admin: an ASGI application for /kvshare/ paths, operators only; background: runs as long as the app."""
+        """admin: an ASGI application for DOCUMENTS, operators only; background: runs as long as the app."""
         self.app, self.edge, self.admin, self.background = app, edge, admin, background
 
     async def __call__(self, scope, receive, send) -> None:
@@ -114,7 +128,7 @@ class Middleware:
             return
         token = caller_here.set(caller)
         try:
-            ours = self.admin is not None and caller.operator and path_of(scope).startswith("/kvshare/")
+            ours = self.admin is not None and caller.operator and path_of(scope).startswith(DOCUMENTS)
             await (self.admin if ours else self.app)(scope, receive, send)
         finally:
             caller_here.reset(token)

@@ -85,6 +85,7 @@ def _install(server_args, manager, pool: int) -> None:
     from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 
     from kvshare_sched.config import KVShareConfig
+    from kvshare_sched.metrics import EdgeMetrics
     from kvshare_sched.plugin import BACKEND
 
     global _edge
@@ -97,15 +98,19 @@ def _install(server_args, manager, pool: int) -> None:
     config = KVShareConfig.load()
     file = TenantsFile(config.tenants_file, pool, config.index_tokens, manager.context_len)
     mark = functools.cache(functools.partial(mark_of, settings, manager.model_config))
+    metrics = EdgeMetrics() if settings.enable_metrics else None
+    counted = {"refused": metrics.refused} if metrics is not None else {}
     _edge = Edge(
         file,
         lambda: mark(manager.config_value("weight_version")),
         sign=_sign(settings),
         starting=lambda: manager.server_status == ServerStatus.Starting,
+        **counted,
     )
     admin = background = None
     if config.library:
-        librarian = Librarian(Library(config.library), _edge, manager)
+        shown = {"show": metrics.library} if metrics is not None else {}
+        librarian = Librarian(Library(config.library), _edge, manager, **shown)
         admin, background = Admin(librarian), librarian.run
     http_server.app.add_middleware(Middleware, edge=_edge, admin=admin, background=background)
     logger.warning(

@@ -7,7 +7,7 @@ import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvshare_sched.tenants.file import Tenant, Tenants
+from kvshare_sched.tenants.file import ANONYMOUS, Tenant, Tenants
 
 # No tenant of the file can have these names. Nobody lends to them, nothing limits them.
 OPERATORS = Tenant("(operators)")
@@ -30,6 +30,11 @@ class Caller:
 
     tenant: Tenant
     operator: bool = False
+
+    @property
+    def known(self) -> bool:
+        """Whether a key, or the gateway, says who it is; the others share one name, and nothing that is under it."""
+        return self.tenant != SERVER and self.tenant.name != ANONYMOUS
 
 
 def identify(headers: Iterable[tuple[bytes, bytes]], tenants: Tenants) -> Caller | Refusal:

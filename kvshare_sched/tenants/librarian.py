@@ -26,11 +26,13 @@ _MISSING = 64  # tokens that may be computed again without calling the document 
 class Librarian:
     """One per HTTP process. Changes come one at a time."""
 
-    def __init__(self, library: Library, edge: Edge, manager, clock=time.time):
-        """manager: SGLang's TokenizerManager."""
+    def __init__(self, library: Library, edge: Edge, manager, clock=time.time, show=lambda documents: None):
+        """manager: SGLang's TokenizerManager. show: is given `list()` after changes, for the metrics."""
         self.library, self._edge, self._manager, self._clock = library, edge, manager, clock
         self._resident: dict[tuple[str, str], bool] = dict.fromkeys(library.documents, False)
         self._changing = asyncio.Lock()
+        self._show = show
+        show(self.list())
 
     def list(self) -> list[dict]:
         """Every document without its text, ascending."""
@@ -76,6 +78,7 @@ class Librarian:
             await self._send(document)
             self.library.put(document)
             self._resident[document.key] = True
+            self._show(self.list())
             if old is not None:
                 await self._forget(old)
                 await self._send(document)  # what both versions begin with was found under the old one
@@ -89,6 +92,7 @@ class Librarian:
                 raise Rejected(404, f"group {key[0]!r} has no document {key[1]!r}")
             self.library.drop(key)
             self._resident.pop(key, None)
+            self._show(self.list())
             await self._forget(document)
             return document
 
@@ -111,12 +115,14 @@ class Librarian:
             await self._compute(key)
             if number % 100 == 0:
                 logger.info("kvshare: library: %d of %d documents computed", number, len(missing))
+                self._show(self.list())
         if not missing and self._resident:
             key = next(iter(self._resident))
             self._resident[key] = self._resident.pop(key)  # the next time another one
             if not await self._compute(key):
                 logger.info("kvshare: the library has left the cache and is computed again")
                 self._resident.update((other, False) for other in self._resident if other != key)
+        self._show(self.list())
 
     async def _compute(self, key: tuple[str, str]) -> bool:
         """Compute a document unless it is there; returns whether it was."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from kvshare_sched.tenants.file import Tenant
@@ -26,7 +26,9 @@ class _Flight:
 class Flights:
     """Requests and tokens in flight per tenant, in the process that talks HTTP."""
 
-    def __init__(self):
+    def __init__(self, refused: Callable[[str, str], None] = lambda tenant, quota: None):
+        """refused(tenant, quota) is told of every refusal; quota: requests or tokens."""
+        self.refused = refused
         self.requests: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self._open: dict[int, _Flight] = {}
@@ -40,6 +42,7 @@ class Flights:
         """Count a call of so many requests; returns its number, to be given back once. Raises OverQuota."""
         now = self.requests[tenant.name]
         if tenant.requests is not None and now + requests > tenant.requests:
+            self.refused(tenant.name, "requests")
             raise OverQuota(
                 f"{requests} more requests would be {now + requests} in flight; accepted: {tenant.requests}. "
                 "Send them when others have ended."
@@ -56,6 +59,7 @@ class Flights:
             return
         now = self.tokens[flight.tenant]
         if flight.limit is not None and now + tokens > flight.limit:
+            self.refused(flight.tenant, "tokens")
             raise OverQuota(
                 f"{tokens} more tokens would be {now + tokens} in flight; this tenant may have {flight.limit}. "
                 "Ask for a shorter answer, or send it when others have ended."

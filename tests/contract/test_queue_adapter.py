@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 from sglang.srt.managers.schedule_policy import AddReqResult, SchedulePolicy
 
 from kvshare_sched import queue_adapter
 from kvshare_sched.config import KVShareConfig
+from kvshare_sched.metrics import ShareMetrics
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
+from kvshare_sched.series import WAITS
 from kvshare_sched.server_queue import ServerQueue
 from kvshare_sched.sglang_adapter import namespace_of
 
@@ -251,6 +254,30 @@ def test_a_prompt_that_cannot_be_read_keeps_its_price_and_the_others_their_order
     world.waiting = [Req("dear", 500), broken, Req("cheap", 100)]
     world.order()
     assert world.order() == ["cheap", "broken", "dear"] and world.queue.failures == 1
+
+
+def test_the_oldest_wait_is_shown_while_somebody_waits_and_nothing_when_the_list_is_empty(monkeypatch):
+    world, registry = World(), CollectorRegistry()
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("kvshare_sched.server_queue.time.perf_counter", lambda: clock.now)
+    world.queue._metrics = ShareMetrics(registry=registry).queue
+
+    def shown() -> tuple:
+        waiting = sum(registry.get_sample_value("kvshare_waiting_requests", {"for": w}) for w in WAITS)
+        return registry.get_sample_value("kvshare_oldest_wait_seconds"), waiting
+
+    world.waiting = [Req("first", 900)]
+    world.order()
+    clock.now = 107.0
+    world.waiting.append(Req("second", 50))
+    world.order()
+    assert shown() == (7.0, 2)
+    world.waiting = [req for req in world.waiting if req.rid == "second"]  # the first one was aborted
+    clock.now = 109.0
+    world.order()
+    assert shown() == (2.0, 1)
+    assert world.go() == ["second"]  # SGLang asks for no further order now
+    assert shown() == (0.0, 0)
 
 
 def test_metrics_that_cannot_be_written_change_nothing():

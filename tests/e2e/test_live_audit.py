@@ -30,9 +30,9 @@ def wait_for_audits(server, count: float) -> dict[str, float]:
 
 
 def kl_of(found: dict[str, float], tenant: str, span: str) -> float:
-    label = f'{{span="{span}",strategy="cacheblend",tenant="{tenant}"}}'
-    assert found[f"kvshare_audit_kl_nats_count{label}"] == 1
-    return found[f"kvshare_audit_kl_nats_sum{label}"]
+    label = f'{{span="{span}",tenant="{tenant}"}}'
+    assert found[f"kvshare_tenant_audit_kl_nats_count{label}"] == 1
+    return found[f"kvshare_tenant_audit_kl_nats_sum{label}"]
 
 
 @pytest.fixture

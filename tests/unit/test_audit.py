@@ -15,9 +15,10 @@ from kvshare_sched.audit import POSITIONS, TOP, Auditor
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.controller import ENOUGH
 from kvshare_sched.divergence import compare
-from kvshare_sched.metrics import AUDIT_RESULTS, ShareMetrics
+from kvshare_sched.metrics import ShareMetrics
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
+from kvshare_sched.series import AUDIT_RESULTS
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
 
 HERE = Namespace("here")
@@ -91,8 +92,8 @@ class World:
     def __init__(self, **settings):
         self.registry, self.shut = CollectorRegistry(), []
         self.config = KVShareConfig(**{"audit_share": 1.0} | settings)
-        metrics = ShareMetrics(registry=self.registry)
-        self.auditor = Auditor(self.config, self.shut.append, metrics.audits)
+        self.metrics = ShareMetrics(registry=self.registry)
+        self.auditor = Auditor(self.config, self.shut.append, self.metrics.audits)
         self.count = 0
 
     def begin(self, tenant="here", *, prompt_len=100, donors=(7,), outcome=Outcome.REUSED, wished=False, **more) -> str:
@@ -169,10 +170,22 @@ def test_an_audit_measures_what_the_model_gave():
     audit = world.run(P)
     assert audit.namespace == HERE and list(audit.tokens) == [*range(100), *range(6)]
     truth = compare([top(row, TOP) for row in Q[:6]], *(reference_for(audit.ids, P[:6])[0], audit.ids), [0] * 6).kl
-    labels = {"tenant": "here", "strategy": KVShareConfig().strategy, "span": "sent"}
+    labels = {"strategy": KVShareConfig().strategy, "span": "sent"}
     assert world.value("kvshare_audit_kl_nats_sum", **labels) == pytest.approx(truth, rel=1e-3)  # float32 of logits
+    mine = world.value("kvshare_tenant_audit_kl_nats_sum", tenant="here", span="sent")
+    assert mine == pytest.approx(truth, rel=1e-3)
     assert world.results() == {("done", "none"): 1}
     assert world.value("kvshare_audit_tokens_total") == 106
+
+
+def test_a_full_prefill_shows_how_far_the_cost_model_is_off():
+    world = World()
+    auditor = world.auditor = Auditor(world.config, world.shut.append, world.metrics.audits, token_s=0.01)
+    auditor.started_s = 50.0
+    auditor.timed(51.5, 100)
+    auditor.timed(49.0, 0)  # a clock that was set back
+    assert world.value("kvshare_audit_prefill_seconds_total", by="clock") == 1.5
+    assert world.value("kvshare_audit_prefill_seconds_total", by="model") == pytest.approx(1.0)
 
 
 def test_the_logits_are_copied_because_samplers_write_into_them():

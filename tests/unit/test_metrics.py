@@ -1,15 +1,23 @@
 """The metrics of one engine on a registry of its own: names, fixed labels, sums."""
 
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
-from kvshare_sched.metrics import AUDIT_RESULTS, ORDER_RESULTS, ORIGINS, PHASES, ShareMetrics
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.metrics import EdgeMetrics, ShareMetrics
 from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.order import Waiting
 from kvshare_sched.scheduling.queue import Order, Queue
+from kvshare_sched.series import AUDIT_RESULTS, ORDER_RESULTS, ORIGINS, OTHER, PHASES, PREFIX, SERIES, TENANTS
 from kvshare_sched.types import Outcome, Reason, ShareReport
 
 
@@ -21,6 +29,12 @@ def registry():
 @pytest.fixture
 def metrics(registry):
     return ShareMetrics(registry=registry)
+
+
+@pytest.fixture
+def edge(metrics, registry):
+    """The series of the process that talks HTTP, behind the engine's."""
+    return EdgeMetrics(registry=registry)
 
 
 def samples(registry) -> dict:
@@ -51,30 +65,38 @@ def reports() -> list[ShareReport]:
     return [one, two, three]
 
 
-def test_every_name_has_the_prefix_and_a_help_text(metrics, registry):
+def test_every_name_has_the_prefix_and_a_help_text(edge, registry):
     families = list(registry.collect())
-    assert len(families) == 25
+    assert [f.name for f in families] == [PREFIX + s.name for s in SERIES]
     assert all(f.name.startswith("kvshare_") and f.documentation.endswith(".") for f in families)
     text = generate_latest(registry).decode()
     assert all(line.startswith(("#", "kvshare_")) for line in text.splitlines())
 
 
-def test_counters_end_in_total_and_times_in_seconds(metrics, registry):
-    kinds = {f.name: f.type for f in registry.collect()}
-    assert {name for name, kind in kinds.items() if kind == "gauge"} == {
-        *(f"kvshare_{n}" for n in ("index_tokens", "index_entries", "donors", "leases_held", "enabled")),
-        *(f"kvshare_controller_{n}" for n in ("ratio", "off")),
-        *("kvshare_order_rounds", "kvshare_waiting_requests"),
-        *(f"kvshare_tenant_{n}_tokens" for n in ("deficit", "service")),
+def test_what_is_exposed_is_what_the_table_says(metrics, edge, registry):
+    fill(metrics)
+    edge.refused("a", "requests")
+    exposed = {
+        (f.name, f.type): {s.name for s in f.samples if not s.name.endswith("_created")} for f in registry.collect()
     }
-    counters = [name for name, kind in kinds.items() if kind == "counter"]
-    assert all((f"{name}_total") in {n for n, _ in samples(registry)} for name in counters)
-    assert not any("ms" in name.split("_") or "milliseconds" in name for name in kinds)
+    assert exposed == {(PREFIX + s.name, s.kind): set(s.samples) for s in SERIES}
+    labels = {f.name: {tuple(s.labels.keys() - {"le"}) for s in f.samples} for f in registry.collect()}
+    assert all({frozenset(found) for found in labels[PREFIX + s.name]} == {frozenset(s.labels)} for s in SERIES)
 
 
-def test_all_label_values_exist_from_the_start(metrics, registry):
+def test_names_follow_the_conventions():
+    for s in SERIES:
+        words = s.name.split("_")
+        assert not {"ms", "us", "milliseconds", "kb", "mb", "count", "total"} & set(words), s.name
+        assert "seconds" not in words or words[-1] == "seconds", s.name
+        assert s.across in ("sum", "max", "min") and s.help.endswith("."), s.name
+
+
+def test_all_label_values_exist_from_the_start(edge, registry):
     seen = samples(registry)
     assert set(seen.values()) == {0.0}
+    with_fixed_values = {s.samples[0] for s in SERIES if s.values or not s.labels}
+    assert with_fixed_values <= {name for name, _ in seen}
     assert {k[1] for k in seen if k[0] == "kvshare_prompt_tokens_total"} == {(o,) for o in ORIGINS}
     assert {k[1] for k in seen if k[0] == "kvshare_phase_seconds_total"} == {(p,) for p in PHASES}
     pairs = {k[1] for k in seen if k[0] == "kvshare_requests_total"}
@@ -84,11 +106,49 @@ def test_all_label_values_exist_from_the_start(metrics, registry):
     assert pairs == ordinary | {("reused", "none"), ("reused", "error"), ("discovered", "none")}
 
 
-def test_recording_adds_no_label_value(metrics, registry):
+def test_recording_adds_no_label_value_but_tenants(metrics, registry):
     before = samples(registry).keys()
     for report in reports():
         metrics.record(report)
-    assert samples(registry).keys() == before
+    assert {name for name, _ in samples(registry).keys() - before} == {
+        *("kvshare_tenant_prompt_tokens_total", "kvshare_tenant_requests_total"),
+        "kvshare_tenant_saved_prefill_seconds_total",
+    }
+
+
+def test_tokens_of_tenants_sum_to_those_of_all_and_names_are_bounded(metrics, registry):
+    for n in range(10_000):
+        metrics.record(reports()[n % 3], f"tenant {n}")
+        metrics.audits.measured(f"tenant {n}", "blend", SimpleNamespace(kl=0.1, kl_first=0.1, same=1.0, same_first=1.0))
+        metrics.audits.controlled(f"tenant {n}", 0.2, False)
+    seen = samples(registry)
+    for origin in ORIGINS:
+        by_tenant = [
+            v for (name, labels), v in seen.items() if name.endswith("tenant_prompt_tokens_total") and origin in labels
+        ]
+        assert sum(by_tenant) == seen["kvshare_prompt_tokens_total", (origin,)]
+        assert len(by_tenant) == TENANTS + 1
+    assert seen["kvshare_tenant_requests_total", ("ordinary", OTHER)] > 3000
+    assert len(seen) < 700
+
+
+def test_a_request_without_a_tenant_still_has_a_name(metrics, registry):
+    metrics.record(reports()[1])
+    metrics.record(reports()[1], "x" * 200)
+    tenants = {k[1][1] for k in samples(registry) if k[0] == "kvshare_tenant_requests_total"}
+    assert tenants == {"(default)", "x" * 64}
+
+
+def test_seconds_saved_and_lost_are_told_apart(metrics, registry):
+    metrics.record(replace(reports()[0], saved_s=2.5), "a")
+    metrics.record(replace(reports()[0], saved_s=-0.5), "a")
+    seen = samples(registry)
+    assert (
+        seen["kvshare_saved_prefill_seconds_total", ()]
+        == seen["kvshare_tenant_saved_prefill_seconds_total", ("a",)]
+        == 2.5
+    )
+    assert seen["kvshare_lost_prefill_seconds_total", ()] == 0.5
 
 
 def test_tokens_by_origin_sum_to_the_prompts(metrics, registry):
@@ -135,18 +195,27 @@ class FakeIndex(SimpleNamespace):
         return self.donors
 
 
+def index_of(tokens: int, entries: int, donors: int, **left):
+    return FakeIndex(tokens=tokens, entries=entries, nbytes=100 * entries, donors=donors, left=Counter(left))
+
+
 def test_gauges_show_the_last_state(metrics, registry):
-    metrics.observe(FakeIndex(tokens=900, entries=80, donors=3), SimpleNamespace(active=2))
-    metrics.observe(FakeIndex(tokens=500, entries=40, donors=1), SimpleNamespace(active=0))
+    metrics.observe(index_of(900, 80, 3, limit=2), SimpleNamespace(active=2))
+    metrics.observe(index_of(500, 40, 1, limit=5, evicted=1), SimpleNamespace(active=0))
     seen = samples(registry)
-    names = ("index_tokens", "index_entries", "donors", "leases_held")
-    assert [seen[f"kvshare_{n}", ()] for n in names] == [500, 40, 1, 0]
+    names = ("index_tokens", "index_entries", "index_bytes", "donors", "leases_held")
+    assert [seen[f"kvshare_{n}", ()] for n in names] == [500, 40, 4000, 1, 0]
+    left = {k[1][0]: v for k, v in seen.items() if k[0] == "kvshare_donors_left_total"}
+    assert left == {"limit": 5, "quota": 0, "evicted": 1, "flushed": 0}
 
 
 @pytest.mark.parametrize(("mode", "value"), [("on", 1), ("discover", 0), ("off", 0)])
-def test_enabled_means_reuse_may_happen(metrics, registry, mode, value):
-    metrics.enabled(mode)
-    assert samples(registry)["kvshare_enabled", ()] == value
+def test_what_does_not_change_is_shown_from_the_start(metrics, registry, mode, value):
+    metrics.started(KVShareConfig(mode=mode, target_kl=0.07, index_tokens=1234))
+    seen = samples(registry)
+    assert seen["kvshare_enabled", ()] == value  # reuse may happen
+    assert seen["kvshare_audit_kl_nats_count", ("sent", KVShareConfig().strategy)] == 0
+    assert (seen["kvshare_target_kl_nats", ()], seen["kvshare_index_limit_tokens", ()]) == (0.07, 1234)
 
 
 def test_two_engines_on_two_registries_do_not_mix(metrics, registry):
@@ -161,7 +230,7 @@ def test_the_queue_shows_who_waits_for_what_and_names_few_tenants(metrics, regis
     for n in range(100):
         queue.add(Waiting(f"r{n}", f"t{n}", n, 10, 10.0))
     queue.accounts.charge("t0", 250)
-    metrics.queue.ordered("sorted", 0.002)
+    metrics.queue.ordered("sorted", 0.002, 12.5)
     metrics.queue.observe(queue, Order(("r0", "r1"), np.arange(5), held=1))
     seen = samples(registry)
     waits = {k[1][0]: v for k, v in seen.items() if k[0] == "kvshare_waiting_requests"}
@@ -171,3 +240,83 @@ def test_the_queue_shows_who_waits_for_what_and_names_few_tenants(metrics, regis
     assert seen["kvshare_tenant_service_tokens", ("t0",)] == 250
     assert {k[1][0] for k in seen if k[0] == "kvshare_order_passes_total"} == set(ORDER_RESULTS)
     assert seen["kvshare_order_seconds_total", ()] == pytest.approx(0.002)
+    assert seen["kvshare_oldest_wait_seconds", ()] == 12.5
+    metrics.queue.emptied()
+    seen = samples(registry)
+    assert seen["kvshare_oldest_wait_seconds", ()] == 0
+    assert {v for k, v in seen.items() if k[0] == "kvshare_waiting_requests"} == {0.0}
+
+
+def test_rounds_are_counted_by_what_they_have_grown(metrics, registry):
+    order = Order((), np.arange(0))
+    for rounds in (3, 3, 7, 2):  # the accounts start over after an error
+        metrics.queue.observe(SimpleNamespace(accounts=SimpleNamespace(refills=rounds, deficits={}, served={})), order)
+    assert samples(registry)["kvshare_order_rounds_total", ()] == 9
+
+
+def test_what_the_process_that_talks_http_counts(edge, registry):
+    documents = [{"tokens": 5, "resident": True}, {"tokens": 7, "resident": False}, {"tokens": 11, "resident": False}]
+    edge.library(documents)
+    edge.library(documents[:2])
+    for n in range(100):
+        edge.refused(f"t{n}", "tokens")
+    edge.refused("t0", "requests")
+    seen = samples(registry)
+    assert [seen["kvshare_documents", (s,)] for s in ("resident", "missing")] == [1, 1]
+    assert [seen["kvshare_document_tokens", (s,)] for s in ("resident", "missing")] == [5, 7]
+    refused = {k[1]: v for k, v in seen.items() if k[0] == "kvshare_quota_refusals_total"}
+    assert refused["requests", "t0"] == refused["tokens", "t0"] == 1 and refused["tokens", OTHER] == 100 - TENANTS
+    assert len(refused) == TENANTS + 2
+
+
+def test_borrowed_tokens_are_counted_by_kind_of_donor(metrics, registry):
+    metrics.borrowed({"own": 5, "trusted": 7})
+    metrics.borrowed({"own": 0, "document": 3})
+    seen = samples(registry)
+    assert [seen["kvshare_borrowed_tokens_total", (k,)] for k in ("own", "document", "trusted")] == [5, 3, 7]
+
+
+def fill(metrics) -> None:
+    """Touch every series."""
+    metrics.record(reports()[0], "a")
+    metrics.audits.measured("a", "blend", SimpleNamespace(kl=0.1, kl_first=0.1, same=1.0, same_first=1.0))
+    metrics.audits.controlled("a", 0.2, False)
+    queue = Queue("fair", Accounts(1000.0), 8)
+    queue.add(Waiting("r", "a", 0, 10, 10.0))
+    metrics.queue.observe(queue, Order(("r",), np.arange(1)))
+
+
+_ENGINE = """
+import sys
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.metrics import ShareMetrics
+from types import SimpleNamespace
+from collections import Counter
+leases, oldest = map(int, sys.argv[1:])
+metrics = ShareMetrics()
+metrics.started(KVShareConfig())
+metrics.queue.ordered("sorted", 0.5, oldest)
+index = type("Index", (), {"tokens": 10, "entries": 1, "nbytes": 1, "left": Counter(), "__len__": lambda self: 1})()
+metrics.observe(index, SimpleNamespace(active=leases))
+metrics.audits.controlled("a", leases / 10, False)
+sys.stdin.read()
+"""
+
+
+def test_data_parallel_engines_add_up_or_show_the_worst(tmp_path):
+    """SGLang's set-up: every process writes files of its own, and /metrics reads them all."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    engines = [
+        subprocess.Popen([sys.executable, "-c", _ENGINE, leases, oldest], env=environment, stdin=subprocess.PIPE)
+        for leases, oldest in (("2", "7"), ("3", "4"))
+    ]
+    for engine in engines:
+        engine.communicate()
+        assert engine.returncode == 0
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    seen = samples(registry)
+    assert seen["kvshare_leases_held", ()] == 5 and seen["kvshare_index_tokens", ()] == 20
+    assert seen["kvshare_oldest_wait_seconds", ()] == 7 and seen["kvshare_controller_ratio", ("a",)] == 0.3
+    assert seen["kvshare_enabled", ()] == 1 and seen["kvshare_order_seconds_total", ()] == 1.0
+    assert seen["kvshare_requests_total", ("reused", "none")] == 0, "label values exist before the first request"

@@ -179,6 +179,18 @@ def test_least_recently_used_donor_gives_way():
     assert places(index, text(2)) == set() and second not in index.donors
 
 
+def test_why_donors_left_is_counted():
+    index = make(capacity=200)
+    for seed in range(3):
+        last = index.add(HERE, np.arange(100) + 1000 * seed)
+    assert index.left == {"limit": 1}
+    index.truncate(last, WINDOW - 1)
+    index.remove(-1)
+    assert index.left == {"limit": 1, "evicted": 1} and index.nbytes > 4 * index.tokens > 0
+    index.clear()
+    assert index.left == {"limit": 1, "evicted": 1, "flushed": 1} and index.nbytes == 0
+
+
 def test_growing_counts_as_use():
     index = make(capacity=190)
     first, second = index.add(HERE, text(1)), index.add(HERE, text(2))

@@ -1,0 +1,72 @@
+"""The pages in a headless Chromium that can reach nothing but this machine: they need no internet and run no script."""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import subprocess
+import threading
+
+import pytest
+from engine import move
+from prometheus_client import CollectorRegistry
+
+from kvshare_sched import live, pages
+from kvshare_sched.metrics import ShareMetrics
+from kvshare_sched.types import Outcome, Reason, ShareReport
+
+RUNS = [{"origin": "exact", "start": 0, "length": 10}, {"origin": "fresh", "start": 10, "length": 30}]
+RECORD = {
+    "rid": "r1",
+    "report": ShareReport(10, 0, 0, 30, Outcome.ORDINARY, Reason.SHORT).to_json(),
+    "details": {"extra_key": "blue", "cache_salt": "", "ratio": 0.18, "runs": RUNS},
+}
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("no Chromium: apt-get install --no-install-recommends chromium")
+
+
+@pytest.fixture(scope="module")
+def url():
+    registry = CollectorRegistry()
+    move(ShareMetrics(registry=registry), 1)
+    shown = {"/": pages.live_page(live.State(live.samples_of(registry.collect())), [RECORD])}
+    shown["/?rid=r1"] = pages.request_page(RECORD)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(shown.get(self.path, "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def dom(browser: str, url: str) -> str:
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+    found = subprocess.run([browser, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr[-500:]
+    return found.stdout
+
+
+def test_the_live_page(browser, url):
+    text = dom(browser, url)
+    assert "<td>blue</td>" in text and 'href="?rid=r1"' in text and "<script" not in text
+
+
+def test_a_request(browser, url):
+    text = dom(browser, f"{url}/?rid=r1")
+    assert '<span class="fresh" style="flex:30"' in text and "Request r1" in text

@@ -22,9 +22,11 @@ from transformers import PreTrainedTokenizerFast
 
 from kvshare_sched.tenants import hooks
 from kvshare_sched.tenants.edge import Edge, Middleware
+from kvshare_sched.tenants.file import Tenant
 from kvshare_sched.tenants.identity import hash_of
 from kvshare_sched.tenants.namespaces import name_of
 from kvshare_sched.tenants.policy import read
+from kvshare_sched.tenants.quotas import OverQuota
 from kvshare_sched.tenants.reload import TenantsFile
 
 FILE = f"[tenants.acme]\nkeys = ['{hash_of('key')}']\nrequests = 2\n[tenants.globex]\nkeys = ['{hash_of('other')}']"
@@ -189,8 +191,8 @@ def starting(engine, tmp_path, monkeypatch):
     (tmp_path / "tenants.toml").write_text(FILE + "\nguaranteed_donor_tokens = 1000")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
 
-    def args(backend):
-        made = ServerArgs(model_path=str(tmp_path), device="cpu", radix_cache_backend=backend)
+    def args(backend, **more):
+        made = ServerArgs(model_path=str(tmp_path), device="cpu", radix_cache_backend=backend, **more)
         made.resolve_once()
         return made
 
@@ -218,6 +220,22 @@ def test_the_middleware_goes_around_the_app_before_it_serves(starting, monkeypat
     first = edge.mark
     manager.config_value = lambda name: "2"
     assert edge.mark != first, "other weights, other namespaces"
+
+
+def test_refusals_and_documents_are_counted_where_metrics_are_on(starting, monkeypatch, tmp_path):
+    args, manager, added = starting
+    told = []
+    metrics = SimpleNamespace(refused=lambda *refused: told.append(refused), library=told.append)
+    monkeypatch.setattr("kvshare_sched.metrics.EdgeMetrics", lambda: metrics)
+    monkeypatch.setenv("KVSHARE_LIBRARY", str(tmp_path / "library"))
+    run(args("kvshare"), manager)
+    assert told == []
+    run(args("kvshare", enable_metrics=True), manager)
+    assert told == [[]], "the empty library is shown"
+    flights = added[1][1]["edge"].flights
+    with pytest.raises(OverQuota):
+        flights.start(Tenant("acme", requests=2), 3)
+    assert told[1:] == [("acme", "requests")]
 
 
 def test_nothing_happens_with_another_backend(starting):

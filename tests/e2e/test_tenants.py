@@ -136,11 +136,29 @@ def test_who_is_asking_is_settled_at_the_door(server):
     assert requests.get(server.url + "/server_info", headers=ROOT, timeout=60).status_code == 200
 
 
+def test_a_page_is_for_its_tenant_and_for_operators(server):
+    def keys(name: str) -> dict:
+        return {"Authorization": f"Bearer key-of-{name}"}
+
+    rid = generate(server, "A page of my own.", keys("acme")).json()["meta_info"]["id"]
+
+    def look(path: str, headers: dict):
+        return requests.get(f"{server.url}/kvshare/{path}", headers=headers, timeout=60)
+
+    assert look(f"requests/{rid}", keys("acme")).json()["rid"] == look(f"?rid={rid}", ROOT).json()["rid"] == rid
+    foreign, unknown = look(f"requests/{rid}", keys("globex")), look("requests/never", keys("globex"))
+    assert (foreign.status_code, foreign.text) == (404, unknown.text)
+    assert look("", ROOT).status_code == 200 and look("", keys("acme")).status_code == 403
+    assert server.metrics()['kvshare_tenant_requests_total{outcome="ordinary",tenant="acme"}'] > 0
+
+
 def test_a_tenant_at_its_limit_is_told_so_and_served_again(server):
     headers, prompt = {"Authorization": "Bearer key-of-initech"}, chat("Long.", DOCS[24:30])
     with ThreadPoolExecutor(3) as pool:
         codes = [f.status_code for f in pool.map(lambda n: generate(server, f"{n}{prompt}", headers), range(3))]
     assert 200 in codes and 429 in codes
+    refused = 'kvshare_quota_refusals_total{quota="requests",tenant="initech"}'
+    assert server.metrics()[refused] == codes.count(429)
     assert generate(server, "again", headers).status_code == 200
 
 
@@ -148,7 +166,9 @@ def test_a_document_is_lent_to_its_group_until_it_is_removed(server):
     url, (_, moved) = f"{server.url}/kvshare/documents", prompts(30)
     text = "\n\n".join(DOCS[30:33])
     body = {"group": "handbook", "name": "manual", "text": text}
-    assert requests.post(url, json=body, headers=ROOT, timeout=300).json()["version"] == 1
+    found = requests.post(url, json=body, headers=ROOT, timeout=300).json()
+    assert found["version"] == 1
+    assert server.metrics()['kvshare_document_tokens{state="resident"}'] == found["tokens"]
 
     def reused(name: str, question: str) -> int:
         answer = as_tenant(server, name).generate(moved + question, new_tokens=1, namespace="")
@@ -165,6 +185,7 @@ def test_a_document_is_lent_to_its_group_until_it_is_removed(server):
         "group": "handbook",
         "tokens": 0,
     }
+    assert server.metrics()['kvshare_borrowed_tokens_total{kind="document"}'] > 600
     server.flush()
     time.sleep(8)  # the library looks every five seconds
     assert reused("acme", "5") > 300, "computed again after the cache was emptied"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kvshare_sched.tenants.quotas import DonorLimits
 from kvshare_sched.types import Namespace
 from radix_ext import segment_index
 from radix_ext.segment_index import OCCURRENCES, SegmentIndex, common_prefix
@@ -20,8 +21,8 @@ def join(*parts) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def make(capacity=10_000) -> SegmentIndex:
-    return SegmentIndex(window=WINDOW, min_run=MIN_RUN, capacity=capacity)
+def make(capacity=10_000, limits=None) -> SegmentIndex:
+    return SegmentIndex(window=WINDOW, min_run=MIN_RUN, capacity=capacity, limits=limits)
 
 
 @pytest.fixture
@@ -189,6 +190,14 @@ def test_why_donors_left_is_counted():
     assert index.left == {"limit": 1, "evicted": 1} and index.nbytes > 4 * index.tokens > 0
     index.clear()
     assert index.left == {"limit": 1, "evicted": 1, "flushed": 1} and index.nbytes == 0
+
+
+def test_donors_beyond_their_tenants_quota_are_counted_apart():
+    index = make(limits={"blue": DonorLimits(most=150)})
+    for seed in range(3):
+        index.add(Namespace("blue"), np.arange(100) + 1000 * seed)
+    index.add(HERE, np.arange(100))
+    assert index.left == {"quota": 2} and len(index) == 2
 
 
 def test_growing_counts_as_use():

@@ -143,6 +143,15 @@ def test_the_admin_application_is_for_operators(desk):
     assert ask(desk, "/kvshare/documents", KEY, admin=admin) == (403, None)
 
 
+def test_a_refusal_at_the_door_is_counted(tmp_path):
+    path, told = tmp_path / "tenants.toml", []
+    path.write_text(FILE)
+    desk = Edge(TenantsFile(str(path), 10_000, 10_000), lambda: "mark", refused=lambda *refused: told.append(refused))
+    desk.flights.start(desk.tenants().tenants["acme"], 2)
+    assert ask(desk, "/generate", KEY) == (429, None) and told == [("acme", "requests")]
+    assert ask(desk, "/kvshare/requests/r", KEY) == (200, "acme") and len(told) == 1
+
+
 # ---- bodies ----
 
 
@@ -238,7 +247,8 @@ def test_requests_in_a_body():
 
 def test_flights_are_counted_refused_and_given_back():
     acme = parse(FILE, "f").tenants["acme"]
-    flights = Flights()
+    told = []
+    flights = Flights(lambda *refused: told.append(refused))
     first = flights.start(acme, 1)
     flights.grow(first, 60)
     second = flights.start(acme, 1)
@@ -247,6 +257,7 @@ def test_flights_are_counted_refused_and_given_back():
         flights.start(acme, 1)
     with pytest.raises(OverQuota, match="110 in flight"):
         flights.grow(second, 50)
+    assert told == [("acme", "requests"), ("acme", "tokens")]
     flights.end(first)
     flights.end(first)
     flights.grow(second, 100)

@@ -10,6 +10,8 @@ from fakes import FakeTree
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvshare_sched import explain
+from kvshare_sched.audit import tenant_of
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
@@ -194,6 +196,71 @@ def test_a_hit_on_a_trusted_conversation_is_in_no_number_the_client_gets(world):
     assert {k: v for k, v in warm.items() if k != "match_s"} == {k: v for k, v in cold.items() if k != "match_s"}
     world.donate(LIBRARY, 2)
     assert world.ask("acme", prompt(2))[1].reused == 600, "the group's own library is no secret to it"
+
+
+def test_a_page_tells_no_more_of_a_trusted_hit_than_the_report(world):
+    def page(name: str, tokens: np.ndarray) -> dict:
+        stamp = stamp_of(TENANTS.tenants[name], TENANTS, MARK, 0)
+        view = RequestView("r", space(name), tokens, 0, len(tokens), {}, lenders_of(stamp, space(name)))
+        session = world.pipeline.admit(view, "r", len(tokens), 0, stamp)
+        world.pipeline.withdraw(session)
+        return explain.details(session, space(name), world.pipeline.index)
+
+    cold = page("initech", prompt(1))
+    world.donate(space("globex"), 1)
+    assert page("initech", prompt(1)) == cold and [run["origin"] for run in cold["runs"]] == ["fresh"]
+    world.donate(LIBRARY, 2)
+    (lender,) = page("acme", prompt(2))["runs"][1]["donors"]
+    assert set(lender) == {"foreign"}, "a document is lent, and the request that computed it is not named"
+
+
+# ---- what operators are told ----
+
+
+class Told:
+    """The metrics of a pipeline, written down."""
+
+    audits = None
+
+    def __init__(self):
+        self.reports, self.kinds = [], []
+
+    def record(self, report, tenant):
+        self.reports.append(report)
+
+    def borrowed(self, kinds):
+        self.kinds.append({kind: tokens for kind, tokens in kinds.items() if tokens})
+
+    def indexed(self, seconds):
+        pass
+
+    def observe(self, index, tree):
+        pass
+
+
+def test_metrics_know_whose_donors_stood_in_and_what_clients_are_not_told():
+    world = World()
+    world.pipeline.metrics = told = Told()
+    world.donate(LIBRARY, 1)
+    world.donate(space("initech"), 2)
+    world.donate(space("globex"), 3)
+    world.ask("globex", prompt(1, 2, 3))
+    world.ask("globex", prompt(4))
+    assert told.kinds == [{"own": 600, "document": 600, "trusted": 600}]
+    assert [report.reused for report in told.reports] == [1800, 0]
+
+
+def test_documents_of_the_server_count_as_nobodys_requests():
+    world = World()
+    world.pipeline.metrics = told = Told()
+    world.send_document("a", text(1))
+    assert told.reports == [] and world.ask("acme", prompt(1))[0].reused == 600 and len(told.reports) == 1
+
+
+def test_labels_name_tenants_as_the_file_does():
+    assert [tenant_of(one) for one in (space("acme"), space("acme", "salt"), LIBRARY, Namespace("x"))] == [
+        *("acme", "acme", "documents:handbook", "x"),
+    ]
 
 
 def test_a_report_names_nobody(world):

@@ -54,7 +54,12 @@ class World:
 
     def start(self):
         library = Library(str(self.folder / "library"))
-        self.librarian = Librarian(library, self.edge, self.manager, clock=lambda: self.now)
+        self.shown = []  # how many documents were resident, and how many not
+        self.librarian = Librarian(library, self.edge, self.manager, clock=lambda: self.now, show=self.show)
+
+    def show(self, documents):
+        there = sum(document["resident"] for document in documents)
+        self.shown.append((there, len(documents) - there))
 
     def add(self, name="manual", text="word " * 100, **more):
         return asyncio.run(self.librarian.add(checked({"group": "handbook", "name": name, "text": text} | more)))
@@ -123,8 +128,10 @@ def test_a_document_that_could_not_be_computed_is_not_kept(world):
 
 def test_a_removed_document_is_forgotten_even_when_the_engine_does_not_answer(world, caplog):
     found = world.add()
+    assert world.shown[-1] == (1, 0)
     world.manager.fails = True
     asyncio.run(world.librarian.remove(found.key))
+    assert world.shown[-1] == (0, 0)
     assert not world.librarian.list() and "stays a donor" in caplog.text
     with pytest.raises(Rejected, match="no document"):
         asyncio.run(world.librarian.remove(found.key))
@@ -139,7 +146,9 @@ def test_a_restarted_server_computes_everything_again(world):
     world.manager.cached.clear()
     world.start()
     assert not any(d["resident"] for d in world.librarian.list())
+    assert world.shown == [(0, 3)]
     assert world.look() == ["compute"] * 3
+    assert world.shown[-1] == (3, 0)
     assert all(d["resident"] for d in world.librarian.list())
 
 
@@ -154,6 +163,7 @@ def test_one_look_at_a_time_and_all_again_when_the_cache_was_emptied(world):
     assert len(set(labels)) == 3, "in turn"
     world.manager.cached.clear()
     assert world.look() == ["compute"]
+    assert world.shown[-1] == (1, 2)
     assert world.look() == ["compute"] * 2
     assert world.look() == ["compute"]
 

@@ -166,7 +166,7 @@ def metrics_table() -> str:
             "",
             "Generated from `kvshare_sched/series.py` by `python dashboards/generate.py`. Values named here exist from",
             "the start; of `tenant` there are the first 32 by name, `other`, and `(default)` for requests without an",
-            "`extra_key`.",
+            "`extra_key`; with a tenants file the names are those of the file.",
             "",
             "| series | type | labels | meaning |",
             "|---|---|---|---|",

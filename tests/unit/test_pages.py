@@ -163,8 +163,10 @@ def test_top_on_the_command_line(monkeypatch, capsys):
     registry = CollectorRegistry()
     move(ShareMetrics(registry=registry), 1)
     answer = SimpleNamespace(status_code=200, text=generate_latest(registry).decode())
-    monkeypatch.setattr(watch, "_get", lambda url, headers: answer)
-    assert main(["top", "--once"]) == 0
+    sent = []
+    monkeypatch.setattr(watch, "_get", lambda url, headers: sent.append(headers) or answer)
+    assert main(["top", "--once", "--key", ""]) == main(["top", "--once", "--key", "root"]) == 0
+    assert sent == [{}, {"authorization": "Bearer root"}]
     out = capsys.readouterr().out
     assert "tokens, reused" in out and "blue" in out and "no_match" in out
     answer.text = "other_series 1\n"

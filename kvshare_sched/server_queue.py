@@ -153,13 +153,16 @@ class ServerQueue:
             self._generated(run)
             if run.req.finished():  # a turn of a session gives nothing back when it ends
                 self.released(run.req)
-        if waiting != self._listed:  # the same objects compare at once
+        # The same objects compare at once. One that ran and is back may make the list look as we left it.
+        if self._returning or len(self._waiting) != len(waiting) or waiting != self._listed:
             self._mirror(waiting, policy)
         self._look()
         sorts = self.queue.sorts
         order = self.queue.order(self._room())
         if self.queue.sorts == sorts and waiting == self._listed:
             return None
+        if len(order.rows) != len(waiting):
+            raise ValueError(f"{len(waiting)} requests wait, {len(order.rows)} are ordered")
         waiting[:] = self.queue.items[order.rows].tolist()
         self._listed = list(waiting)
         return order

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import zlib
 from array import array
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +198,28 @@ def test_a_retracted_request_gets_its_prompt_back_and_keeps_its_place():
     assert world.queue.queue.accounts.deficits["t"] == 1000 - 6
     world.waiting = [Req("later", 303), req]
     assert world.order() == ["r", "later"]
+
+
+def test_the_only_request_that_waited_is_not_lost_when_it_is_retracted_at_once():
+    """SGLang's list then looks as we left it."""
+    world = World(quantum=1000)
+    req = Req("r", 300)
+    world.waiting = [req]
+    assert world.go() == ["r"]
+    world.queue.released(req)
+    world.waiting = [req]
+    assert world.order() == ["r"] and world.go() == ["r"]
+    assert world.queue.failures == 0
+
+
+def test_a_list_that_would_lose_somebody_is_not_put_in_force(monkeypatch):
+    world = World()
+    world.waiting = [Req("a", 300), Req("b", 100)]
+    original = world.queue.queue.order
+    with monkeypatch.context() as broken:
+        broken.setattr(world.queue.queue, "order", lambda room: replace(original(room), rows=np.array([0])))
+        assert sorted(world.order()) == ["a", "b"]
+    assert world.queue.failures == 1
 
 
 def test_output_tokens_are_charged_while_they_come():

@@ -42,6 +42,8 @@ _TENANT_SETTINGS = {
     "grpc_port": (None, "gRPC carries no identity"),
     "smg_grpc_mode": (False, "gRPC carries no identity"),
     "enable_response_store": (False, "stored answers are handed to whoever names them"),
+    "enable_custom_logit_processor": (False, "the body would carry code that runs in the engine, beside all tenants"),
+    "enable_session_radix_cache": (False, "a session can be continued by whoever names it"),
 }
 _KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "float32")
 

@@ -7,7 +7,7 @@ import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvshare_sched.tenants.file import Tenant, Tenants
+from kvshare_sched.tenants.file import ANONYMOUS, Tenant, Tenants
 
 # No tenant of the file can have these names. Nobody lends to them, nothing limits them.
 OPERATORS = Tenant("(operators)")
@@ -59,6 +59,15 @@ def identify(headers: Iterable[tuple[bytes, bytes]], tenants: Tenants) -> Caller
         if hmac.compare_digest(known, digest):
             found = name
     return _stranger(tenants) if found is None else Caller(tenants.tenants[found])
+
+
+def renewed(caller: Caller, tenants: Tenants) -> Caller | Refusal:
+    """The same caller by the file in force now: a body may come long after the headers that named its sender."""
+    name = caller.tenant.name
+    if caller.tenant in (OPERATORS, SERVER):
+        return caller
+    tenant = tenants.anonymous if name == ANONYMOUS else tenants.tenants.get(name)
+    return Caller(tenant) if tenant is not None else Refusal(401, "this tenant is no longer served")
 
 
 def _from_gateway(names: list[str], tenants: Tenants) -> Caller | Refusal:

@@ -24,6 +24,7 @@ def stamp_request(obj, caller: Caller, tenants: Tenants, mark: str, flight: int,
         raise ValueError(
             "session_params are not available with tenants: a session can be continued by whoever names it"
         )
+    obj.session_id = None  # names are the whole server's, so one could be another tenant's
     tenant = caller.tenant
     if tenant != SERVER:  # health checks have ids that the scheduler knows
         obj.rid = None  # a chosen one could meet another tenant's, and tell that it runs

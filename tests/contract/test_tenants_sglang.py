@@ -102,6 +102,7 @@ def test_what_would_go_past_the_edge_is_refused(monkeypatch, tmp_path):
     from kvshare_sched import support
 
     settings = SimpleNamespace(
+        **{"enable_custom_logit_processor": True, "enable_session_radix_cache": True},
         **{"tokenizer_worker_num": 2, "api_key": "secret", "enable_response_store": True, "grpc_port": 1, "dp_size": 1},
         kv_cache_dtype="auto",
         device="cpu",
@@ -115,12 +116,14 @@ def test_what_would_go_past_the_edge_is_refused(monkeypatch, tmp_path):
     def refused() -> str:
         return " ".join(support.refusals(settings))
 
-    for name in ("tokenizer_worker_num=2", "api_key", "enable_response_store=True", "grpc_port=1"):
+    named = ("tokenizer_worker_num=2", "api_key", "enable_response_store=True", "grpc_port=1")
+    named += ("enable_custom_logit_processor=True", "enable_session_radix_cache=True")
+    for name in named:
         assert name not in refused()
     monkeypatch.setenv("KVSHARE_LIBRARY", str(tmp_path))
     assert "Set KVSHARE_TENANTS_FILE" in refused()
     monkeypatch.setenv("KVSHARE_TENANTS_FILE", "f")
-    for name in ("tokenizer_worker_num=2", "api_key", "enable_response_store=True", "grpc_port=1"):
+    for name in named:
         assert name in refused()
     assert "secret" not in refused()
     settings.dp_size = 2

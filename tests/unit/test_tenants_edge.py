@@ -104,6 +104,8 @@ def test_tenants_reach_what_serves_and_operators_the_rest(desk):
     assert ask(desk, "/generate", KEY) == (200, "acme"), "what generates needs an identity, open or not"
     assert ask(desk, "/health") == ask(desk, "/metrics") == (200, "(server)")
     assert ask(desk, "/generate", method="OPTIONS") == (200, "(server)")
+    for path in ("/metrics/", "/metrics/x", "/flush_cache", "/nothing"):
+        assert ask(desk, path, method="OPTIONS") == (403, None), "mounts answer any method"
     assert ask(desk, "/v1/realtime", KEY, kind="websocket") == (1008, None)
     assert ask(desk, "/health", kind="websocket") == (1008, None)
 
@@ -128,6 +130,14 @@ def test_only_a_starting_servers_loopback_needs_no_key(desk):
     assert ask(desk, "/generate", client="127.0.0.1") == (401, None)
     assert ask(desk, "/freeze_gc", client="127.0.0.1") == (200, "(server)"), "the last request of a start"
     assert ask(desk, "/freeze_gc", client="127.0.0.1") == (401, None)
+
+
+def test_a_server_on_one_address_starts_from_there(desk):
+    desk._file.current = parse('unknown = "reject"', "f")
+    made = Edge(desk._file, lambda: "mark", starting=lambda: True, own=hooks._addresses("10.0.0.5"))
+    assert ask(made, "/generate", client="10.0.0.5") == (200, "(server)")
+    assert ask(made, "/generate", client="10.0.0.6") == (401, None)
+    assert hooks._addresses(None) == set() and "127.0.0.1" in hooks._addresses("localhost")
 
 
 def test_a_failure_of_ours_lets_nobody_in(desk, caplog):
@@ -213,6 +223,10 @@ def test_what_cannot_be_stamped_is_refused_as_the_clients_fault(values):
         stamped(**values)
 
 
+def test_a_session_named_beside_the_parameters_is_dropped():
+    assert stamped(session_id="another's").session_id is None
+
+
 def test_priorities_end_at_the_ceiling():
     def priority(asked, sign=1, name="acme"):
         tenants, obj = parse(FILE, "f"), body(priority=asked)
@@ -261,12 +275,12 @@ def drive(desk, obj, headers=(KEY,), tokens=10, answers=2, fail=None, stop_after
     async def original(manager, obj, request):
         engine.append(obj)
         params = SimpleNamespace(**{"max_new_tokens": 4, **{k: v for k, v in obj.sampling_params.items()}})
-        sent = SimpleNamespace(sampling_params=params, input_ids=[1] * tokens)
+        sent = SimpleNamespace(sampling_params=params, input_ids=[1] * tokens, input_embeds=None)
 
         async def send(manager, tokenized):
             return None
 
-        await hooks.send_one(send, manager, sent)
+        await hooks.send_one(send, SimpleNamespace(context_len=200), sent)
         came.append(dict(desk.flights.tokens))
         for n in range(answers):
             if fail is not None:
@@ -323,6 +337,39 @@ def test_a_handler_that_takes_one_answer_and_no_more_gives_the_count_back(desk):
     finally:
         hooks._edge = None
     assert not desk.flights.requests
+
+
+def test_an_answer_without_a_limit_counts_as_what_the_context_leaves(desk):
+    for asked in (None, 10**9):
+        desk._file.current = parse(FILE.replace("tokens = 100", "tokens = 200"), "f")
+        assert drive(desk, body(text="x", sampling_params={"max_new_tokens": asked}))[1][0] == {"acme": 200}
+        desk._file.current = parse(FILE.replace("tokens = 100", "tokens = 199"), "f")
+        with pytest.raises(OverQuota):
+            drive(desk, body(text="x", sampling_params={"max_new_tokens": asked}))
+
+
+def test_a_body_that_comes_late_has_the_rights_of_now(desk):
+    """The headers were read under an older file."""
+
+    async def original(manager, obj, request):
+        yield read(obj.sampling_params["custom_params"])
+
+    async def once(caller):
+        caller_here.set(caller)
+        return [answer async for answer in hooks.generate_request(original, None, body(text="x"))]
+
+    before, stranger = (Caller(tenant) for tenant in (desk.tenants().tenants["acme"], desk.tenants().anonymous))
+    desk._file.current = parse(FILE.replace('groups = ["handbook"]', ""), "f")
+    hooks._edge = desk
+    try:
+        assert asyncio.run(once(before))[0].lenders == ()
+        desk._file.current = parse('unknown = "reject"', "f")
+        for caller in (before, stranger):
+            with pytest.raises(ValueError, match="no longer served"):
+                asyncio.run(once(caller))
+        assert asyncio.run(once(Caller(SERVER)))[0].tenant == "(server)", "the control: nothing to renew"
+    finally:
+        hooks._edge = None
 
 
 def test_a_full_tenant_is_told_at_the_door(desk):

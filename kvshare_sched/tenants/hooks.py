@@ -112,7 +112,7 @@ def _install(server_args, manager, pool: int) -> None:
     )
     admin = background = None
     if config.library:
-        librarian = Librarian(Library(config.library), _edge, manager)
+        librarian = Librarian(Library(config.library), _edge, manager, settings.page_size)
         admin, background = Admin(librarian), librarian.run
     http_server.app.add_middleware(Middleware, edge=_edge, admin=admin, background=background)
     logger.warning(

@@ -21,6 +21,7 @@ def server():
             came.append((self.command, self.path, self.headers["Authorization"], body))
             refused = body is not None and "bad" in body["name"]
             reply = {"error": {"message": "too long"}} if refused else {"name": "n", "version": 1, "tokens": 5}
+            reply |= {"dropped": "later" not in self.path} if self.command == "DELETE" else {}
             if self.command == "GET":
                 reply = {"documents": [reply | {"group": "g", "resident": True}]}
             self.send_response(413 if refused else 200)
@@ -77,6 +78,8 @@ def test_list_and_remove(server, capsys):
     assert main(["documents", "--url", url, "list"]) == main(["documents", "--url", url, "remove", "g", "a b"]) == 0
     assert "5 tokens\tresident" in capsys.readouterr().out
     assert came[1][:2] == ("DELETE", "/kvshare/documents?group=g&name=a+b")
+    assert main(["documents", "--url", url, "remove", "g", "later"]) == 1, "a script must not take it for done"
+    assert "may still lend it" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_said(server, tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.strategies import get as get_strategy
 from kvshare_sched.strategies.base import Strategy
-from kvshare_sched.tenants.desk import Desk
+from kvshare_sched.tenants.desk import Desk, lenders_of
 from kvshare_sched.tenants.namespaces import owner_of
 from kvshare_sched.tenants.policy import Stamp
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
@@ -48,7 +48,7 @@ class Session:
     namespace: Namespace | None = None  # None for a request that cannot take part
     asks_until: int = 0  # prompt tokens before those a client wants scored: the question ends here
     stamp: Stamp | None = None  # of its tenant, when a tenants file is in force
-    private: bool = False  # what was found stems from another tenant's conversations: its client sees no trace of it
+    told: ReusePlan | Reason | None = None  # what its client is told instead of the truth; None: the truth
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     leases: dict[int, DonorLease] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class Pipeline:
         started = time.perf_counter()
         config, plan, outcome, discovered = self.config, None, Outcome.ORDINARY, 0
         leases: dict[int, DonorLease] = {}
-        namespace, wished, repair, asks_until, private = None, False, None, prompt_len, False
+        namespace, wished, repair, asks_until, told = None, False, None, prompt_len, None
         if isinstance(view, RequestView):
             asks_until = min(prompt_len, view.fresh_from + 2)  # fresh_from is two before the first scored token
             namespace, wished = view.namespace, not {"preset", "strategy", "ratio"}.isdisjoint(view.wishes)
@@ -176,11 +176,11 @@ class Pipeline:
             try:
                 config = (config if wished else self.auditor.settings(config, namespace)).for_request(view.wishes)
                 strategy = get_strategy(config.strategy)
-                segments = self.match(view, strategy.donors)
-                private = stamp is not None and stamp.private(self._namespaces(segments))
-                planned = build_plan(view, segments, strategy, config, self.costs)
-                if isinstance(planned, ReusePlan) and not wished and self.auditor.refuses(namespace):
-                    planned = Reason.QUALITY
+                off = not wished and self.auditor.refuses(namespace)
+                if stamp is not None and stamp.public != stamp:
+                    public = replace(view, lenders=lenders_of(stamp.public, namespace))
+                    told = self._plan(public, strategy, config, off)
+                planned = self._plan(view, strategy, config, off)
                 reason = planned if isinstance(planned, Reason) else Reason.NONE
                 if isinstance(planned, ReusePlan) and self.config.mode == "discover":
                     discovered, outcome = planned.reused_len, Outcome.DISCOVERED
@@ -202,12 +202,14 @@ class Pipeline:
         session = Session(rid, prompt_len, exact_len, config, plan, reason, leases=leases, outcome=outcome)
         session.discovered, session.repair = discovered, repair
         session.namespace, session.wished, session.asks_until = namespace, wished, asks_until
-        session.stamp, session.private = stamp, private
+        session.stamp, session.told = stamp, told
         session.match_s = time.perf_counter() - started
         return session
 
-    def _namespaces(self, segments: tuple[Segment, ...]) -> set[str | None]:
-        return {self.index.donors[donor_id].namespace.extra_key for donor_id in _needed(segments)}
+    def _plan(self, view: RequestView, strategy: Strategy, config: KVShareConfig, off: bool) -> ReusePlan | Reason:
+        """off: reuse is off for this tenant."""
+        planned = build_plan(view, self.match(view, strategy.donors), strategy, config, self.costs)
+        return Reason.QUALITY if off and isinstance(planned, ReusePlan) else planned
 
     def _lease(self, plan: ReusePlan) -> dict[int, DonorLease]:
         leases: dict[int, DonorLease] = {}
@@ -328,6 +330,30 @@ class Pipeline:
             recompute_s=session.recompute_s,
         )
 
+    def _told(self, session: Session, true: ShareReport) -> ShareReport:
+        """The report of a request that may borrow other tenants' conversations: as if it might not, and without times.
+
+        A function of what the client may know of, whatever was found: a plan's expected rows stand for those that ran.
+        """
+        plan = session.told if isinstance(session.told, ReusePlan) and self.config.mode == "on" else None
+        rows = [true.prompt_len - true.exact] * self.costs.layers
+        if plan is not None:
+            whole = (plan.exact_len, plan.prompt_len)
+            rows = rows_per_layer(plan, *whole, session.strategy, session.config, self.costs.layers)
+        reused = plan.reused_len if plan is not None else 0
+        fresh = true.prompt_len - true.exact - reused
+        found = isinstance(session.told, ReusePlan)
+        outcome = (Outcome.REUSED if plan is not None else Outcome.DISCOVERED) if found else Outcome.ORDINARY
+        return replace(
+            true,
+            **{"reused": reused, "fresh": fresh, "recomputed": min(reused, max(0, rows[-1] - fresh))},
+            **{"outcome": outcome, "reason": Reason.NONE if found else session.told},
+            donors=len(_needed(plan.segments)) if plan is not None else 0,
+            discovered=session.told.reused_len if found and plan is None else 0,
+            computed_cells=sum(rows),
+            **{"match_s": 0.0, "copy_s": 0.0, "recompute_s": 0.0},
+        )
+
     def _report(self, session: Session) -> None:
         """Tell client and metrics, once. Never raises: an answer without a report beats no answer."""
         if session.reported:
@@ -336,7 +362,7 @@ class Pipeline:
         try:
             report = self.report_of(session)
             if session.on_report is not None:
-                session.on_report(report.as_ordinary() if session.private else report)
+                session.on_report(report if session.told is None else self._told(session, report))
             if self.metrics is not None and not self.auditor.owns(session.rid):  # metrics speak of clients
                 self.metrics.record(report)
         except Exception:

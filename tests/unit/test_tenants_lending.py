@@ -190,10 +190,32 @@ def test_a_hit_on_a_trusted_conversation_is_in_no_number_the_client_gets(world):
     world.donate(space("globex"), 1)
     true, told = world.ask("initech", prompt(1))
     assert true.reused == 600 and true.outcome is Outcome.REUSED
-    warm = told.to_json()
-    assert {k: v for k, v in warm.items() if k != "match_s"} == {k: v for k, v in cold.items() if k != "match_s"}
+    assert told.to_json() == cold
     world.donate(LIBRARY, 2)
     assert world.ask("acme", prompt(2))[1].reused == 600, "the group's own library is no secret to it"
+
+
+@pytest.mark.parametrize("mode", ["on", "discover"])
+@pytest.mark.parametrize("asked", [(2,), (1, 2), (2, 1), (1,), (3, 2, 1)])
+def test_ones_own_text_beside_a_trusted_members_is_no_oracle(mode, asked):
+    """Own donor 1; whether or not a trusted member has 2, one answer, which counts what is one's own."""
+
+    def told(member_has: bool):
+        world = World(mode=mode)
+        world.donate(space("initech"), 1)
+        world.donate(Namespace(name_of(MARK, DOCUMENTS, "team")), 3)
+        if member_has:
+            world.donate(space("globex"), 2)
+            world.donate(space("globex"), 1, 2, lead=51)  # a better donor of the own text, too
+        true, told = world.ask("initech", prompt(*asked))
+        return true, told.to_json()
+
+    true, warm = told(True)
+    _, cold = told(False)
+    assert warm == cold
+    own = 600 * sum(seed != 2 for seed in asked)
+    assert (warm["reused"], warm["discovered"]) == ((own, 0) if mode == "on" else (0, own))
+    assert true.reused + true.discovered == 600 * len(asked), "the control: it was borrowed"
 
 
 def test_a_report_names_nobody(world):

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import pkgutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from kvshare_sched.config import KVShareConfig
+from kvshare_sched.errors import UnsupportedError
 from kvshare_sched.planner import CostModel
+from kvshare_sched.tenants import gate
 from kvshare_sched.tenants.desk import Desk, lenders_of
 from kvshare_sched.tenants.log import BorrowLog
 from kvshare_sched.tenants.policy import Stamp, read
@@ -52,8 +55,8 @@ def takes_part(req) -> bool:
 
 
 def stamp_of(req, config: KVShareConfig) -> Stamp | None:
-    """What the HTTP process wrote about a request's tenant. Without a tenants file clients could write it themselves,
-    so it counts for nothing then. Never raises."""
+    """What the HTTP process wrote about a request's tenant, which the gate has checked. Without a tenants file clients
+    could write it themselves, so it counts for nothing then. Never raises."""
     if not config.tenants_file:
         return None
     try:
@@ -237,9 +240,12 @@ def wire(cache, ctx):
     queue = queue_adapter.create(config, ctx, pipeline, metrics)
     for seam, hook in queue_adapter.hooks().items() if queue is not None else ():
         hooks[seam] = _outside(hook, hooks[seam]) if seam in hooks else hook
+    if config.tenants_file:
+        hooks |= gate.hooks()
     for seam, hook in hooks.items():
         HookRegistry.register(seam, hook, HookType.AROUND)
     HookRegistry.apply_hooks()
+    check_hooked(hooks)
     if ctx.tp_rank == 0:
         logger.info("kvshare: %s", config.describe())
         logger.info(
@@ -247,6 +253,13 @@ def wire(cache, ctx):
             *(costs.cell_s * 1e6, costs.copy_s * 1e6, costs.overhead_s * 1e3, costs.pass_rows, costs.layers),
         )
     return pipeline, queue
+
+
+def check_hooked(seams: Iterable[str]) -> None:
+    """Raise UnsupportedError for a place without its hook: SGLang only logs what it could not put in place."""
+    for seam in seams:
+        if not hasattr(pkgutil.resolve_name(seam), "__wrapped__"):
+            raise UnsupportedError(f"{seam} could not be hooked; the log above says why. Run `kvshare doctor`.")
 
 
 def _outside(outer, inner):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvshare_sched.tenants.file import Tenants
+from kvshare_sched.tenants.gate import SEAL_KEY, seal_of
 from kvshare_sched.tenants.identity import SERVER, Caller
 from kvshare_sched.tenants.namespaces import TENANT, name_of, owner_of, within
 from kvshare_sched.tenants.policy import STAMP_KEY, Stamp, stamp_of
@@ -29,11 +30,11 @@ def stamp_request(obj, caller: Caller, tenants: Tenants, mark: str, flight: int,
     if tenant != SERVER:  # health checks have ids that the scheduler knows
         obj.rid = None  # a chosen one could meet another tenant's, and tell that it runs
     obj.cache_salt = _salts(obj)
-    obj.extra_key = name_of(mark, TENANT, tenant.name)
+    obj.extra_key = extra_key = name_of(mark, TENANT, tenant.name)
     if isinstance(obj.cache_salt, list):
-        obj.extra_key = [obj.extra_key] * len(obj.cache_salt)
+        obj.extra_key = [extra_key] * len(obj.cache_salt)
     obj.priority = _priority(obj.priority, tenant.priority, sign)
-    _write(obj, stamp_of(tenant, tenants, mark, flight))
+    _write(obj, stamp_of(tenant, tenants, mark, flight), extra_key)
 
 
 def stamp_document(obj, extra_key: str, document: str, *, guaranteed: int, forget: bool = False) -> None:
@@ -42,7 +43,12 @@ def stamp_document(obj, extra_key: str, document: str, *, guaranteed: int, forge
     guaranteed: tokens of documents that stay pinned.
     """
     obj.extra_key, obj.cache_salt = extra_key, None
-    _write(obj, Stamp(owner_of(extra_key), document=document, guaranteed=guaranteed, forget=forget), kvshare="off")
+    _write(
+        obj,
+        Stamp(owner_of(extra_key), document=document, guaranteed=guaranteed, forget=forget),
+        extra_key,
+        kvshare="off",
+    )
 
 
 def _salts(obj):
@@ -71,8 +77,9 @@ def _priority(asked: int | None, ceiling: int, sign: int) -> int | None:
     return sign * min(sign * (asked or 0), sign * ceiling) if sign else asked
 
 
-def _write(obj, stamp: Stamp, **more: object) -> None:
+def _write(obj, stamp: Stamp, extra_key: str, **more: object) -> None:
     text = stamp.to_text()
+    more[SEAL_KEY] = seal_of(text, extra_key)
     if isinstance(obj.sampling_params, list):
         obj.sampling_params = [_stamped(params, text, more) for params in obj.sampling_params]
     else:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
+from array import array
 
 import pytest
 from sglang.srt.entrypoints import http_server
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.schedule_batch import Req as Req_
+from sglang.srt.managers.scheduler import Scheduler as Scheduler_
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 from test_queue_adapter import Req, World
 
-from kvshare_sched.tenants import edge, hooks
+from kvshare_sched.tenants import edge, gate, hooks
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import Caller
 from kvshare_sched.tenants.namespaces import name_of
-from kvshare_sched.tenants.policy import read
-from kvshare_sched.tenants.stamping import requests_in, stamp_request
+from kvshare_sched.tenants.policy import STAMP_KEY, Lender, Stamp, read
+from kvshare_sched.tenants.stamping import requests_in, stamp_document, stamp_request
 
 TENANTS = parse("[groups.handbook]\n[tenants.acme]\ngroups = ['handbook']\nweight = 2", "f")
 OWN = name_of("mark", "tenant", "acme")
@@ -78,6 +83,135 @@ def test_the_order_of_the_queue_uses_the_weight_in_the_stamp():
     world.waiting = [req]
     world.order()
     assert world.queue._accounts.weights == {"acme": 2.0} and world.queue.failures == 0
+
+
+# ---- the scheduler believes nothing that is not sealed ----
+
+
+class Scheduler:
+    """Stops where SGLang would make a request of what it was handed."""
+
+    def __init__(self):
+        self.came = []
+
+    def handle(self, recv_req, *, mm_input_error=None):
+        self.came.append((mm_input_error, recv_req.extra_key, recv_req.sampling_params.custom_params))
+
+
+def handed(extra_key=OWN, change=lambda custom: custom):
+    """What the scheduler gets of a stamped body, after `change` by somebody on the way."""
+    obj = GenerateReqInput(text="x")
+    stamp_request(obj, Caller(TENANTS.tenants["acme"]), TENANTS, "mark", 7)
+    params = SamplingParams(max_new_tokens=1, custom_params=change(dict(obj.sampling_params["custom_params"])))
+    empty = {name: None for name in ("input_embeds", "mm_inputs", "token_type_ids", "input_text")}
+    return TokenizedGenerateReqInput(
+        **empty | {"rid": "r", "input_ids": array("q", [1, 2]), "sampling_params": params, "stream": False},
+        **{"return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0, "token_ids_logprob": None},
+        extra_key=extra_key,
+        session_id="s",
+    )
+
+
+def gated(recv_req) -> tuple:
+    scheduler = Scheduler()
+    gate.handle_generate_request(Scheduler.handle, scheduler, recv_req)
+    return scheduler.came[0]
+
+
+@functools.wraps(gated)
+def hooked(*args):
+    """As a place of SGLang with a hook around it."""
+
+
+FORGED = Stamp("acme", (Lender(name_of("mark", "tenant", "globex"), "trusted", "team"),)).to_text()
+
+
+def test_the_gate_lets_through_what_the_edge_has_stamped(monkeypatch):
+    monkeypatch.setenv(gate.SECRET, "secret")
+    error, extra_key, custom = gated(handed())
+    assert error is None and extra_key == OWN and read(custom).tenant == "acme"
+
+
+@pytest.mark.parametrize(
+    ("extra_key", "change"),
+    [
+        (name_of("mark", "tenant", "globex"), lambda custom: custom),
+        (None, lambda custom: custom),
+        (OWN, lambda custom: custom | {STAMP_KEY: FORGED}),
+        (OWN, lambda custom: custom | {gate.SEAL_KEY: "0" * 64}),
+        (OWN, lambda custom: custom | {gate.SEAL_KEY: "\ud800"}),
+        (OWN, lambda custom: {STAMP_KEY: custom[STAMP_KEY]}),
+        (OWN, lambda custom: None),
+    ],
+)
+def test_the_gate_refuses_everything_else_and_keeps_nothing_of_it(monkeypatch, extra_key, change):
+    monkeypatch.setenv(gate.SECRET, "secret")
+    recv_req = handed(extra_key, change)
+    assert gated(recv_req) == ("the sender of this request is not known", None, None)
+    assert recv_req.session_id is None
+
+
+def test_without_a_secret_or_with_another_nothing_passes_but_audits(monkeypatch):
+    monkeypatch.delenv(gate.SECRET, raising=False)
+    unsealed = handed()
+    assert gated(unsealed)[0] is not None
+    monkeypatch.setenv(gate.SECRET, "of an earlier launch")
+    earlier = handed()
+    monkeypatch.setenv(gate.SECRET, "secret")
+    assert gated(earlier)[0] is not None
+    with gate.ours():
+        assert gated(handed(None, lambda custom: None))[0] is None
+    assert gated(handed(None, lambda custom: None))[0] is not None
+
+
+def test_a_document_is_sealed_for_its_namespace(monkeypatch):
+    monkeypatch.setenv(gate.SECRET, "secret")
+    obj, space = GenerateReqInput(input_ids=[1]), name_of("mark", "documents", "handbook")
+    stamp_document(obj, space, "label", guaranteed=5)
+    assert gate.sealed(obj.sampling_params["custom_params"], space)
+    assert not gate.sealed(obj.sampling_params["custom_params"], OWN)
+
+
+def test_an_engine_whose_hooks_were_not_put_in_place_does_not_start():
+    from kvshare_sched.errors import UnsupportedError
+    from kvshare_sched.sglang_adapter import check_hooked
+
+    assert gate.hooks().keys() == {"sglang.srt.managers.scheduler.Scheduler.handle_generate_request"}
+    with pytest.raises(UnsupportedError, match="handle_generate_request could not be hooked"):
+        check_hooked(gate.hooks())
+    check_hooked(["test_tenants_sglang.hooked"])
+
+
+def test_sglang_ends_a_refused_request_without_its_tokens():
+    """What the gate counts on: an error handed in beside a request ends it before its prompt is computed."""
+    source = inspect.getsource(Scheduler_._handle_generate_request)
+    assert source.index("if mm_input_error is not None:") < source.index("validate_input_length")
+    assert 'array(\n            "q", [0]' in inspect.getsource(Req_.set_finish_with_abort)
+
+
+def test_the_launcher_makes_a_secret_once_and_nodes_need_a_common_one(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from sglang.srt.arg_groups import model_override_base
+
+    from kvshare_sched import support
+
+    monkeypatch.setattr(model_override_base, "resolved_view", lambda args: args)
+    monkeypatch.setattr(support, "refusals", lambda args: [])
+    monkeypatch.setenv(gate.SECRET, "")
+    monkeypatch.delenv(gate.SECRET)
+    (tmp_path / "t.toml").write_text('unknown = "reject"')
+    args = SimpleNamespace(radix_cache_backend="kvshare", nnodes=2)
+    support.check_server_args(lambda args: None, args)
+    assert gate.SECRET not in os.environ, "without a tenants file nothing is sealed"
+    monkeypatch.setenv("KVSHARE_TENANTS_FILE", str(tmp_path / "t.toml"))
+    with pytest.raises(SystemExit, match="nnodes=2"):
+        support.check_server_args(lambda args: None, args)
+    args.nnodes = 1
+    support.check_server_args(lambda args: None, args)
+    first = os.environ[gate.SECRET]
+    support.check_server_args(lambda args: None, args)
+    assert len(first) == 64 and os.environ[gate.SECRET] == first
 
 
 @pytest.mark.parametrize("file", ["", "tenants.toml"])

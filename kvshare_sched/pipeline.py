@@ -241,7 +241,7 @@ class Pipeline:
         """Learn what the request says of its tenant, and record what it borrows. Never raises."""
         stamp = session.stamp
         try:
-            self.desk.learn(stamp)
+            self.desk.learn(stamp, self.tree)
             self.auditor.controller.targets[stamp.tenant] = stamp.target_kl
             if stamp.forget:
                 self.desk.forget(stamp.tenant, stamp.document, self.index, self.tree)

@@ -121,13 +121,17 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     if not admitted:
         pipeline.withdraw(session)
         idle = not adder.can_run_list and (adder.running_batch is None or not adder.running_batch.reqs)
-        if not idle or (session.plan is None and not pipeline.desk.held_tokens):
+        if not idle:
             return result
-        # Nothing else runs, so waiting frees nothing: without the pins the donors themselves can make room.
-        pipeline.desk.let_go(pipeline.tree)
-        reason = session.reason if session.plan is None else Reason.NO_MEMORY
-        session = replace(session, plan=None, reason=reason, outcome=Outcome.ORDINARY, leases={})
-        result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
+        # Nothing else runs, so waiting frees nothing: without its leases the donors themselves can make room.
+        if session.plan is not None:
+            reason, none = Reason.NO_MEMORY, {"plan": None, "leases": {}}
+            session = replace(session, reason=reason, outcome=Outcome.ORDINARY, **none)
+            result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
+        # Only when that is not enough, what was guaranteed to others.
+        if not admitted and pipeline.desk.held_tokens:
+            pipeline.desk.let_go(pipeline.tree)
+            result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
     session.on_report = lambda report: attach_report(req, report)

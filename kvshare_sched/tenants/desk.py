@@ -28,12 +28,22 @@ class Desk:
         """log: of rank 0 only."""
         self.limits: dict[str, DonorLimits] = {}
         self._log = log
+        self._revision = 0  # of the promises in the tenants file
         self._held: dict[str, dict[int, tuple[int, int]]] = {}  # owner -> donor -> (length, pinned node)
         self._documents: dict[tuple[str, str], set[int]] = {}  # (owner, document) -> donors that hold its text
 
-    def learn(self, stamp: Stamp) -> None:
-        """A request of this tenant is admitted."""
-        self.limits[stamp.tenant] = DonorLimits(stamp.donor_tokens, stamp.guaranteed)
+    def learn(self, stamp: Stamp, tree) -> None:
+        """A request of this tenant is admitted.
+
+        When the file makes other promises, those of before end for everybody: who is no longer in it sends nothing that
+        would say so. A request that waited since before says nothing any more.
+        """
+        if stamp.revision > self._revision:
+            self._revision = stamp.revision
+            self.limits.clear()
+            self.let_go(tree)
+        if stamp.revision == self._revision:
+            self.limits[stamp.tenant] = DonorLimits(stamp.donor_tokens, stamp.guaranteed)
 
     def borrowed(self, rid: str, stamp: Stamp, own: Namespace, segments: Sequence[Segment], donors) -> None:
         """Record what an admitted request borrows; donors: of the index, by id."""
@@ -81,7 +91,7 @@ class Desk:
         self.published(owner, index, tree)
 
     def let_go(self, tree) -> None:
-        """Give all pins back: a request does not fit beside them. They return when their owners publish next."""
+        """Give all pins back. They return when their owners publish next."""
         for held in self._held.values():
             for _, node in held.values():
                 tree.let_go(node)

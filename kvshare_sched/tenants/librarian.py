@@ -201,7 +201,8 @@ class Librarian:
             input_ids=ids, sampling_params={"max_new_tokens": 1, "temperature": 0}, log_metrics=False
         )
         space = name_of(self._edge.mark, DOCUMENTS, document.group)
-        stamp_document(obj, space, document.label, guaranteed=self._held(document.group), forget=forget)
+        held, revision = self._held(document.group), self._edge.tenants().revision
+        stamp_document(obj, space, document.label, guaranteed=held, revision=revision, forget=forget)
         if forget and self._edge.sign:  # else None, the least urgent
             obj.priority = self._edge.sign * _MOST_URGENT
         token = own_request.set(True)

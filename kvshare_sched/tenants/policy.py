@@ -43,6 +43,7 @@ class Stamp:
     flight: int = 0  # of the process that counts requests in flight
     document: str = ""
     forget: bool = False  # the document is to be dropped
+    revision: int = 0  # of the promises in the tenants file
 
     @property
     def public(self) -> Stamp:
@@ -84,6 +85,7 @@ def stamp_of(tenant: Tenant, tenants: Tenants, mark: str, flight: int) -> Stamp:
         tenant.donor_tokens,
         tenant.guaranteed_donor_tokens,
         flight,
+        revision=tenants.revision,
     )
 
 

@@ -27,8 +27,16 @@ from kvshare_sched.tenants.namespaces import name_of
 from kvshare_sched.tenants.policy import read
 from kvshare_sched.tenants.reload import TenantsFile
 
-FILE = f"[tenants.acme]\nkeys = ['{hash_of('key')}']\nrequests = 2\n[tenants.globex]\nkeys = ['{hash_of('other')}']"
-FILE += f"\n[operators]\nkeys = ['{hash_of('root')}']\n"
+FILE = f"""
+unknown = "anonymous"
+[operators]
+keys = ["{hash_of("root")}"]
+[tenants.globex]
+keys = ["{hash_of("other")}"]
+[tenants.acme]
+keys = ["{hash_of("key")}"]
+requests = 2
+"""
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -206,7 +214,7 @@ def starting(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(http_server, "app", app)
     monkeypatch.setattr(hooks, "_edge", None)
     monkeypatch.setenv("KVSHARE_TENANTS_FILE", str(tmp_path / "tenants.toml"))
-    (tmp_path / "tenants.toml").write_text(FILE + "[anonymous]\nguaranteed_donor_tokens = 1000")
+    (tmp_path / "tenants.toml").write_text(FILE + "[tenants.hooli]\nguaranteed_donor_tokens = 1000")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
 
     def args(backend):

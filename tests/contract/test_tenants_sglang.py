@@ -6,24 +6,31 @@ import functools
 import inspect
 import os
 from array import array
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import Req as Req_
+from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.managers.scheduler import Scheduler as Scheduler_
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
-from test_queue_adapter import Req, World
+from test_queue_adapter import COSTS, Adder, FakeTree, Req, World
 
+from kvshare_sched import sglang_adapter
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.tenants import edge, gate, hooks
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import Caller
 from kvshare_sched.tenants.namespaces import name_of
 from kvshare_sched.tenants.policy import STAMP_KEY, Lender, Stamp, read
 from kvshare_sched.tenants.stamping import requests_in, stamp_document, stamp_request
+from kvshare_sched.types import Namespace
 
-TENANTS = parse("[groups.handbook]\n[tenants.acme]\ngroups = ['handbook']\nweight = 2", "f")
+TENANTS = parse("unknown = 'reject'\n[groups.handbook]\n[tenants.acme]\ngroups = ['handbook']\nweight = 2", "f")
 OWN = name_of("mark", "tenant", "acme")
 ROUTES = {getattr(route, "path", "") for route in http_server.app.routes}
 
@@ -167,7 +174,7 @@ def test_without_a_secret_or_with_another_nothing_passes_but_audits(monkeypatch)
 def test_a_document_is_sealed_for_its_namespace(monkeypatch):
     monkeypatch.setenv(gate.SECRET, "secret")
     obj, space = GenerateReqInput(input_ids=[1]), name_of("mark", "documents", "handbook")
-    stamp_document(obj, space, "label", guaranteed=5)
+    stamp_document(obj, space, "label", guaranteed=5, revision=0)
     assert gate.sealed(obj.sampling_params["custom_params"], space)
     assert not gate.sealed(obj.sampling_params["custom_params"], OWN)
 
@@ -190,8 +197,6 @@ def test_sglang_ends_a_refused_request_without_its_tokens():
 
 
 def test_the_launcher_makes_a_secret_once_and_nodes_need_a_common_one(monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
     from sglang.srt.arg_groups import model_override_base
 
     from kvshare_sched import support
@@ -214,6 +219,45 @@ def test_the_launcher_makes_a_secret_once_and_nodes_need_a_common_one(monkeypatc
     assert len(first) == 64 and os.environ[gate.SECRET] == first
 
 
+# ---- memory ----
+
+
+class Tight(Adder):
+    """Takes a request once nothing but so many tokens are pinned, and no leases."""
+
+    def __init__(self, pipeline, pinned, leases):
+        super().__init__(SimpleNamespace(pipeline=pipeline))
+        self.pipeline, self.pinned, self.leases = pipeline, pinned, leases
+        self.rem_chunk_tokens, self.chunked_req_limit, self.rem_input_tokens = None, None, 1 << 30
+
+    def add_one_req(self, req, has_chunked_req=False, truncation_align_size=None):
+        tree, desk = self.pipeline.tree, self.pipeline.desk
+        if desk.held_tokens > self.pinned or tree.active > self.leases:
+            return AddReqResult.NO_TOKEN
+        return super().add_one_req(req)
+
+
+@pytest.mark.parametrize(
+    ("pinned", "leases", "held", "reused"),
+    [(600, 1, 600, True), (600, 0, 600, False), (0, 0, 0, False)],
+    ids=["all fits", "without the plan", "without guarantees"],
+)
+def test_an_idle_engine_gives_guarantees_up_last(pinned, leases, held, reused):
+    text = np.random.default_rng(1).permutation(600)
+    pipeline = Pipeline(KVShareConfig(audit_share=0.0, strategy="kvshare", ratio=0.1), FakeTree(), COSTS)
+    pipeline.desk.learn(Stamp("acme", guaranteed=600), pipeline.tree)
+    pipeline.publish("donor", Namespace(OWN), text)
+    assert pipeline.desk.held_tokens == 600
+    req = Req("r", tokens=np.concatenate((np.arange(1000, 1050), text, np.arange(2000, 2020))), tenant=OWN)
+    req.retracted_stain, req.return_logprob, req.customized_info = False, False, None
+    adder = Tight(pipeline, pinned, leases)
+    result = sglang_adapter.add_one_req(Tight.add_one_req, adder, req, False)
+    assert result == AddReqResult.CONTINUE and adder.can_run_list == [req]
+    assert pipeline.desk.held_tokens == held and (pipeline.sessions["r"].plan is not None) == reused
+    pipeline.release("r")
+    assert pipeline.tree.active == 0
+
+
 @pytest.mark.parametrize("file", ["", "tenants.toml"])
 def test_the_edge_is_hooked_only_with_a_tenants_file(file, monkeypatch):
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -229,8 +273,6 @@ def test_the_edge_is_hooked_only_with_a_tenants_file(file, monkeypatch):
 
 
 def test_what_would_go_past_the_edge_is_refused(monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
     from sglang.srt.arg_groups import model_override_base
 
     from kvshare_sched import support
@@ -265,8 +307,6 @@ def test_what_would_go_past_the_edge_is_refused(monkeypatch, tmp_path):
 
 
 def test_a_tenants_file_without_the_backend_is_refused(monkeypatch):
-    from types import SimpleNamespace
-
     from sglang.srt.arg_groups import model_override_base
 
     from kvshare_sched import support

@@ -53,10 +53,10 @@ def test_a_new_key_and_its_hash_belong_together(capsys):
 
 def test_a_file_is_checked(tmp_path, capsys):
     path = tmp_path / "t.toml"
-    path.write_text("[groups.team]\ntrusted = true\n[tenants.acme]\n")
+    path.write_text("unknown = 'reject'\n[groups.team]\ntrusted = true\n[tenants.acme]\n")
     assert main(["tenants", "check", str(path)]) == 0
     assert "1 tenants" in (out := capsys.readouterr().out) and "conversations: team" in out
-    path.write_text("[tenants.acme]\nweight = -1")
+    path.write_text("unknown = 'reject'\n[tenants.acme]\nweight = -1")
     assert main(["tenants", "check", str(path)]) == 1
     assert "tenants.acme.weight" in capsys.readouterr().err
 

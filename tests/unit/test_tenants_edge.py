@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +13,13 @@ from kvshare_sched.tenants.edge import Edge, Middleware, caller_here
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import SERVER, Caller, hash_of
 from kvshare_sched.tenants.namespaces import name_of, owner_of
-from kvshare_sched.tenants.policy import read
+from kvshare_sched.tenants.policy import read, stamp_of
 from kvshare_sched.tenants.quotas import Flights, OverQuota
 from kvshare_sched.tenants.reload import TenantsFile
 from kvshare_sched.tenants.stamping import requests_in, stamp_request
 
 FILE = f"""
+unknown = "anonymous"
 [operators]
 keys = ["{hash_of("root")}"]
 open = ["/metrics"]
@@ -57,7 +59,7 @@ def body(**values):
 def desk(tmp_path):
     path = tmp_path / "tenants.toml"
     path.write_text(FILE)
-    made = Edge(TenantsFile(str(path), 10_000, 10_000), lambda: "mark")
+    made = Edge(TenantsFile(str(path), 10_000, 10_000, clock=lambda: time.time() + 60), lambda: "mark")
     made.path = path
     return made
 
@@ -111,7 +113,7 @@ def test_tenants_reach_what_serves_and_operators_the_rest(desk):
 
 
 def test_nobody_is_refused_where_the_file_says_so(desk):
-    desk.path.write_text('unknown = "reject"\n' + FILE)
+    desk.path.write_text(FILE.replace("anonymous", "reject"))
     os.utime(desk.path, (1, 1))
     desk._looked = float("-inf")
     assert ask(desk, "/generate") == (401, None)
@@ -120,7 +122,7 @@ def test_nobody_is_refused_where_the_file_says_so(desk):
 
 
 def test_only_a_starting_servers_loopback_needs_no_key(desk):
-    desk.path.write_text('unknown = "reject"\n' + FILE)
+    desk.path.write_text(FILE.replace("anonymous", "reject"))
     os.utime(desk.path, (1, 1))
     desk._looked, desk.starting = float("-inf"), lambda: True
     assert ask(desk, "/generate", client="127.0.0.1") == (200, "(server)")
@@ -177,6 +179,23 @@ def test_whatever_a_body_says_it_stays_inside_its_tenant(key, salt):
 def test_salts_of_one_tenant_divide_it_without_collisions():
     pairs = [("a", "bc"), ("ab", "c"), ("abc", None), (None, "abc"), (None, None)]
     assert len({stamped(extra_key=k, cache_salt=s).cache_salt for k, s in pairs}) == len(pairs)
+
+
+def test_strangers_share_with_nobody_not_even_with_themselves():
+    tenants = parse(FILE, "f")
+
+    def salts(name, **values):
+        obj = body(**values)
+        stamp_request(obj, Caller(tenants.tenants.get(name, tenants.anonymous)), tenants, "mark", 7)
+        return obj.cache_salt if isinstance(obj.cache_salt, list) else [obj.cache_salt]
+
+    bodies = [{"text": "x"}, {"text": "x"}, {"cache_salt": "s"}, {"cache_salt": "s"}, {"extra_key": ["a", "a"]}]
+    found = [salt for values in bodies for salt in salts("nobody", **values)]
+    assert len(set(found)) == 6 and None not in found
+    assert salts("acme", cache_salt="s") == salts("acme", cache_salt="s"), (
+        "the control: a tenant does share with itself"
+    )
+    assert stamp_of(tenants.anonymous, tenants, "mark", 0).donor_tokens == 0, "so nothing of them is worth keeping"
 
 
 def test_a_batch_in_one_body_is_stamped_throughout():

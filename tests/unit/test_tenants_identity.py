@@ -11,6 +11,7 @@ from kvshare_sched.tenants.identity import OPERATORS, Caller, Refusal, hash_of, 
 from kvshare_sched.tenants.namespaces import engine_mark, frame, name_of, owner_of, unframe, within
 
 FILE = f"""
+unknown = "anonymous"
 [gateway]
 header = "x-tenant"
 keys = ["{hash_of("gateway-key")}"]
@@ -21,7 +22,7 @@ keys = ["{hash_of("acme-key")}", "{hash_of("acme-second")}"]
 [tenants.globex]
 keys = ["{hash_of("globex-key")}"]
 """
-OPEN, CLOSED = parse(FILE, "f"), parse('unknown = "reject"\n' + FILE, "f")
+OPEN, CLOSED = parse(FILE, "f"), parse(FILE.replace("anonymous", "reject"), "f")
 
 
 def who(*headers, tenants=OPEN):

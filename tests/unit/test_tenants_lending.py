@@ -24,6 +24,7 @@ from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
 COSTS = CostModel(cell_s=1e-4, copy_s=1e-7, overhead_s=0.0, layers=4)
 SETTINGS = {"strategy": "kvshare", "window": 16, "min_run": 32, "min_suffix": 64, "forced_head": 8, "ratio": 0.1}
 FILE = """
+unknown = "reject"
 [groups.handbook]
 [groups.team]
 trusted = true
@@ -157,7 +158,7 @@ def test_the_policy_as_data():
 
 
 def test_a_group_that_is_gone_lends_nothing():
-    assert list(lenders(TENANTS.tenants["globex"], parse("", "f"), MARK)) == []
+    assert list(lenders(TENANTS.tenants["globex"], parse("unknown = 'reject'", "f"), MARK)) == []
 
 
 def test_a_stamp_reads_back():
@@ -282,7 +283,7 @@ def test_a_record_that_cannot_be_written_stops_nobody(tmp_path, caplog):
 def test_a_flood_leaves_what_is_guaranteed_and_takes_the_rest():
     world = World(index_tokens=2000)
     stamp = stamp_of(TENANTS.tenants["acme"], TENANTS, MARK, 0)
-    world.desk.learn(Stamp("acme", guaranteed=1300))
+    world.desk.learn(Stamp("acme", guaranteed=1300), world.tree)
     world.donate(space("acme"), 1)
     world.donate(space("acme"), 2)
     world.donate(space("globex"), 3)
@@ -305,19 +306,19 @@ def test_without_a_guarantee_the_flood_pushes_everything_out():
 
 
 def test_a_tenant_keeps_no_more_than_its_limit_and_loses_its_own_oldest(world):
-    world.desk.learn(Stamp("acme", donor_tokens=1300))
+    world.desk.learn(Stamp("acme", donor_tokens=1300), world.tree)
     world.donate(space("globex"), 9)
     for seed in (1, 2, 3):
         world.donate(space("acme", "s" if seed == 2 else None), seed)
     owned = world.pipeline.index.owned
     assert owned["acme"] == 1210 and owned["globex"] == 605, "salts of one tenant share its limit"
-    world.desk.learn(Stamp("acme", donor_tokens=0))
+    world.desk.learn(Stamp("acme", donor_tokens=0), world.tree)
     world.donate(space("acme"), 4)
     assert owned["acme"] == 0
 
 
 def test_guaranteed_donors_are_pinned_as_they_grow_and_let_go_after(world):
-    world.desk.learn(Stamp("acme", guaranteed=700))
+    world.desk.learn(Stamp("acme", guaranteed=700), world.tree)
     index, tree = world.pipeline.index, world.tree
     world.pipeline.publish("r", space("acme"), text(1)[:300])
     world.pipeline.publish("r", space("acme"), text(1))
@@ -325,18 +326,32 @@ def test_guaranteed_donors_are_pinned_as_they_grow_and_let_go_after(world):
     first = next(iter(tree.held))
     world.donate(space("acme"), 2)  # 605 tokens: the newest is pinned, the older one does not fit beside it
     assert first not in tree.held and list(tree.held.values()) == [1] and world.desk.held_tokens == 605
-    world.desk.learn(Stamp("acme", guaranteed=0))
+    world.desk.learn(Stamp("acme", guaranteed=0), world.tree)
     world.donate(space("acme"), 3)
     assert not tree.held and world.desk.held_tokens == 0 and len(index.donors) == 3
 
 
 def test_pins_give_way_and_come_back(world):
-    world.desk.learn(Stamp("acme", guaranteed=1300))
+    world.desk.learn(Stamp("acme", guaranteed=1300), world.tree)
     world.donate(space("acme"), 1)
     world.desk.let_go(world.tree)
     assert not world.tree.held and world.desk.held_tokens == 0
     world.donate(space("acme"), 2)
     assert len(world.tree.held) == 2
+
+
+def test_other_promises_end_those_of_before_and_old_requests_renew_none(world):
+    """As a tenant that was taken out of the file: it sends nothing that would give its pins back."""
+    world.desk.learn(Stamp("acme", guaranteed=700), world.tree)
+    world.donate(space("acme"), 1)
+    world.desk.learn(Stamp("hooli"), world.tree)
+    assert world.desk.held_tokens == 605, "the control: the same promises"
+    world.desk.learn(Stamp("hooli", guaranteed=700, revision=1), world.tree)
+    assert not world.tree.held and set(world.desk.limits) == {"hooli"}
+    world.desk.learn(Stamp("acme", guaranteed=700), world.tree)
+    world.donate(space("acme"), 2)
+    world.donate(space("hooli"), 3)
+    assert world.desk.held_tokens == 605 and set(world.desk.limits) == {"hooli"}
 
 
 def test_nothing_is_pinned_for_who_has_no_guarantee(world):
@@ -345,7 +360,7 @@ def test_nothing_is_pinned_for_who_has_no_guarantee(world):
 
 
 def test_a_flush_forgets_the_pins_with_the_tree(world):
-    world.desk.learn(Stamp("acme", guaranteed=700))
+    world.desk.learn(Stamp("acme", guaranteed=700), world.tree)
     world.donate(space("acme"), 1)
     world.tree.held.clear()  # the tree is new
     world.pipeline.flush()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from kvshare_sched.tenants.namespaces import owner_of
 from kvshare_sched.tenants.policy import read
 from kvshare_sched.tenants.reload import TenantsFile
 
-FILE = "[library]\ntokens = 1000\n[groups.handbook]\n[tenants.acme]\ngroups = ['handbook']"
+FILE = "unknown = 'reject'\n[library]\ntokens = 1000\n[groups.handbook]\n[tenants.acme]\ngroups = ['handbook']"
 
 
 class Manager:
@@ -239,6 +240,15 @@ def test_groups_together_pin_no_more_than_the_budget(world):
     world.add("a", text="word " * 500)
     asyncio.run(world.librarian.add(checked({"group": "other", "name": "b", "text": "word " * 400})))
     assert world.manager.stamp.tenant == "documents:other" and world.manager.stamp.guaranteed == 401
+
+
+def test_documents_are_held_under_the_promises_in_force(world):
+    """The engine believes no older ones."""
+    world.add()
+    assert world.manager.stamp.revision == 0
+    world.edge._file.current = replace(world.edge._file.current, revision=3)
+    world.look()
+    assert world.manager.stamp.revision == 3
 
 
 def test_texts_are_tokenised_beside_the_loop_and_once(world):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kvshare_sched.audit import Auditor
+from kvshare_sched.audit import Auditor, Blamed
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
@@ -32,6 +32,7 @@ from radix_ext.segment_index import SegmentIndex
 
 logger = logging.getLogger(__name__)
 _MEMO_SIZE = 4096  # requests whose last lookup is remembered
+_SHUT_SIZE = 16_384  # pairs of borrower and donor that are kept apart
 _MAX_REMATCH = 8  # donors found dead while planning one request, before it runs as ordinary prefill
 
 
@@ -97,7 +98,11 @@ class Pipeline:
         self.index = SegmentIndex(
             window=config.window, min_run=config.min_run, capacity=config.index_tokens, limits=self.desk.limits
         )
-        self.auditor = Auditor(config, self.index.remove, metrics.audits if metrics is not None else None)
+        audits = metrics.audits if metrics is not None else None
+        self.auditor = Auditor(
+            config, self._shut, audits, lambda donor, tenant: self.index.donors[donor].owner != tenant
+        )
+        self._shut_for: OrderedDict[tuple[str, int], None] = OrderedDict()  # (borrower, donor) that do not go together
         self.sessions: dict[str, Session] = {}
         self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
         self._memo: OrderedDict[str, tuple] = OrderedDict()
@@ -130,6 +135,9 @@ class Pipeline:
     def _look_up(self, view: RequestView, donors: int) -> tuple[Segment, ...]:
         # The last token is always computed; a request never borrows from itself (it is no donor while waiting).
         hits = self.index.hits(view.namespace, view.token_ids, view.exact_len, view.lenders)
+        if self._shut_for:
+            borrower = owner_of(view.namespace.extra_key)
+            hits = [hit for hit in hits if (borrower, hit[0]) not in self._shut_for]
         return find_segments(
             view.token_ids,
             hits,
@@ -139,6 +147,16 @@ class Pipeline:
             min_run=self.config.min_run,
             donors=donors,
         )
+
+    def _shut(self, blamed: Blamed) -> None:
+        """Audits blame a donor: one's own leaves the index, another's is kept from this borrower."""
+        if isinstance(blamed, int):
+            self.index.remove(blamed)
+            return
+        self._shut_for[blamed] = None
+        while len(self._shut_for) > _SHUT_SIZE:
+            self._shut_for.popitem(last=False)
+        self._memo.clear()
 
     def _all_live(self, segments: tuple[Segment, ...]) -> bool:
         live = True

@@ -388,6 +388,34 @@ def test_pins_stay_within_the_guarantee(lengths, guaranteed):
     assert not lengths or not 0 < lengths[0] <= guaranteed or held[0] == 0, "the most recent first"
 
 
+@pytest.mark.parametrize("bad", ["acme", "globex"])
+def test_a_borrowers_bad_audits_shut_a_document_for_it_alone(bad):
+    """Whoever writes prompts in which a document does harm must not take it from its group."""
+    world = World(audit_share=1.0)
+    world.donate(LIBRARY, 1)
+    auditor = world.pipeline.auditor
+    for n in range(3):
+        world.ask(bad, prompt(1), rid=f"bad{n}")
+        if capture := auditor._captures.pop(f"bad{n}", None):
+            auditor._learn(capture, SimpleNamespace(kl=2.0, tokens=1, same=1.0, same_first=1))
+    other = {"acme": "globex", "globex": "acme"}[bad]
+    assert world.ask(bad, prompt(1))[0].reused == 0
+    assert world.ask(other, prompt(1))[0].reused == 600
+    assert auditor.controller.is_off(bad) is False, "the donor is shut, not the tenant"
+
+
+def test_ones_own_harmful_donor_is_shut_for_good():
+    """The control of the test above."""
+    world = World(audit_share=1.0)
+    world.donate(space("acme"), 1)
+    auditor = world.pipeline.auditor
+    for n in range(3):
+        world.ask("acme", prompt(1), rid=f"bad{n}")
+        if capture := auditor._captures.pop(f"bad{n}", None):
+            auditor._learn(capture, SimpleNamespace(kl=2.0, tokens=1, same=1.0, same_first=1))
+    assert not world.pipeline.index.donors and world.ask("acme", prompt(1))[0].reused == 0
+
+
 # ---- the library's own requests ----
 
 

@@ -23,6 +23,7 @@ from kvshare_sched.repair import RepairQueue
 from kvshare_sched.strategies import get as get_strategy
 from kvshare_sched.strategies.base import Strategy
 from kvshare_sched.tenants.desk import Desk, lenders_of
+from kvshare_sched.tenants.log import Source
 from kvshare_sched.tenants.namespaces import owner_of
 from kvshare_sched.tenants.policy import Stamp
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
@@ -50,6 +51,7 @@ class Session:
     asks_until: int = 0  # prompt tokens before those a client wants scored: the question ends here
     stamp: Stamp | None = None  # of its tenant, when a tenants file is in force
     told: ReusePlan | Reason | None = None  # what its client is told instead of the truth; None: the truth
+    sources: dict[int, Source] = field(default_factory=dict)  # whom it borrows from, for the record
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     leases: dict[int, DonorLease] = field(default_factory=dict)
@@ -256,7 +258,7 @@ class Pipeline:
         self._gauges()
 
     def _tenant_begun(self, session: Session) -> None:
-        """Learn what the request says of its tenant, and record what it borrows. Never raises."""
+        """Learn what the request says of its tenant, and note whom it borrows from. Never raises."""
         stamp = session.stamp
         try:
             self.desk.learn(stamp, self.tree)
@@ -264,7 +266,7 @@ class Pipeline:
             if stamp.forget:
                 self.desk.forget(stamp.tenant, stamp.document, self.index, self.tree)
             if session.plan is not None:
-                self.desk.borrowed(session.rid, stamp, session.namespace, session.plan.segments, self.index.donors)
+                session.sources = self.desk.sources(session.plan.segments, self.index.donors)
         except Exception:
             logger.exception("kvshare: the tenant of request %s could not be looked after", session.rid)
 
@@ -383,6 +385,9 @@ class Pipeline:
                 session.on_report(report if session.told is None else self._told(session, report))
             if self.metrics is not None and not self.auditor.owns(session.rid):  # metrics speak of clients
                 self.metrics.record(report)
+            if session.sources and session.plan is not None:
+                ran = tuple(session.plan.clip(0, session.done_upto))  # an aborted request has used nothing of the rest
+                self.desk.borrowed(session.rid, session.stamp, session.namespace, ran, session.sources)
         except Exception:
             logger.exception("kvshare: no report for request %s", session.rid)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvshare_sched.tenants.log import BorrowLog, loans
+from kvshare_sched.tenants.log import BorrowLog, Source, loans
 from kvshare_sched.tenants.policy import Stamp
 from kvshare_sched.tenants.quotas import DonorLimits, to_hold
 from kvshare_sched.types import Namespace, Segment
@@ -31,6 +31,7 @@ class Desk:
         self._revision = 0  # of the promises in the tenants file
         self._held: dict[str, dict[int, tuple[int, int]]] = {}  # owner -> donor -> (length, pinned node)
         self._documents: dict[tuple[str, str], set[int]] = {}  # (owner, document) -> donors that hold its text
+        self._holds: dict[int, str] = {}  # the other way round
 
     def learn(self, stamp: Stamp, tree) -> None:
         """A request of this tenant is admitted.
@@ -45,12 +46,16 @@ class Desk:
         if stamp.revision == self._revision:
             self.limits[stamp.tenant] = DonorLimits(stamp.donor_tokens, stamp.guaranteed)
 
-    def borrowed(self, rid: str, stamp: Stamp, own: Namespace, segments: Sequence[Segment], donors) -> None:
-        """Record what an admitted request borrows; donors: of the index, by id."""
+    def sources(self, segments: Sequence[Segment], donors) -> dict[int, Source]:
+        """Whose KV an admitted request is about to use; its donors may be gone when it has. donors: of the index."""
         if self._log is None:
-            return
+            return {}
         used = {place.donor_id for segment in segments for place in segment.places}
-        if found := loans(segments, {i: donors[i].namespace for i in used}, own, stamp.lenders):
+        return {i: (donors[i].namespace, self._holds.get(i)) for i in used}
+
+    def borrowed(self, rid: str, stamp: Stamp, own: Namespace, segments: Sequence[Segment], sources) -> None:
+        """Record what a request has borrowed: the segments that ran; sources: as of its admission."""
+        if self._log is not None and (found := loans(segments, sources, own, stamp.lenders)):
             self._log.write(rid, stamp, found)
 
     def published(self, owner: str, index, tree) -> None:
@@ -83,11 +88,13 @@ class Desk:
         """A document of the library has become a donor."""
         if donor_id is not None and len(self._documents) < _KNOWN:
             self._documents.setdefault((owner, name), set()).add(donor_id)
+            self._holds[donor_id] = name
 
     def forget(self, owner: str, name: str, index, tree) -> None:
         """A document has left the library: nobody borrows it from now on."""
         for donor_id in sorted(self._documents.pop((owner, name), ())):
             index.remove(donor_id)
+            self._holds.pop(donor_id, None)
         self.published(owner, index, tree)
 
     def let_go(self, tree) -> None:
@@ -101,6 +108,7 @@ class Desk:
         """The tree was emptied, and the pins with it."""
         self._held.clear()
         self._documents.clear()
+        self._holds.clear()
 
     @property
     def held_tokens(self) -> int:

@@ -155,6 +155,15 @@ def test_owners_of_namespaces():
         assert owner_of(other) == (other or "")
 
 
+def test_long_keys_of_clients_are_not_remembered():
+    from kvshare_sched.tenants.namespaces import _owner_of
+
+    _owner_of.cache_clear()
+    assert owner_of("k" * 10_000) == "k" * 10_000 and _owner_of.cache_info().currsize == 0
+    assert owner_of(name_of("0" * 16, "documents", "g" * 64)) == "documents:" + "g" * 64
+    assert _owner_of.cache_info().currsize == 1
+
+
 def test_the_mark_changes_with_everything_in_it():
     assert (
         len(

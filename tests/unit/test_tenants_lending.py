@@ -70,8 +70,10 @@ class World:
         tokens = np.concatenate((text(lead, 5), *(text(seed) for seed in seeds)))
         self.pipeline.publish(f"donor {self.count}", namespace, tokens)
 
-    def ask(self, name: str, tokens: np.ndarray, salt: str | None = None, stamp: Stamp | None = None, rid: str = "r"):
-        """(true report, report the client gets) of one request."""
+    def ask(
+        self, name: str, tokens: np.ndarray, salt=None, stamp: Stamp | None = None, rid="r", upto=None, fails=False
+    ):
+        """(true report, report the client gets) of one request; upto: prompt tokens that ran before it was aborted."""
         stamp = stamp or stamp_of(TENANTS.tenants[name], TENANTS, MARK, 0)
         namespace = space(name, salt)
         view = RequestView(rid, namespace, tokens, 0, len(tokens), {}, lenders_of(stamp, namespace))
@@ -80,6 +82,9 @@ class World:
         session.on_report = told.append
         self.pipeline.begin(session)
         true = self.pipeline.report_of(session)
+        self.pipeline.chunk_done(session, len(tokens) if upto is None else upto)
+        if fails:
+            self.pipeline.abandon(session)
         self.pipeline.release(rid)
         return true, told[0]
 
@@ -258,6 +263,33 @@ def test_the_record_says_who_what_from_whom_and_why_and_nothing_else(tmp_path, c
     tokens = (str(i) for i in (*text(1)[:50], *text(2)[:50]))
     for secret in ("secret", "a prompt", within(None, "secret salt"), LIBRARY.extra_key, *tokens):
         assert secret not in everything
+
+
+@pytest.mark.parametrize(
+    ("upto", "fails", "lent"),
+    [(1250, False, [1200]), (310, False, [300]), (310, True, [300]), (0, True, []), (0, False, [])],
+)
+def test_only_what_ran_is_recorded_as_borrowed(tmp_path, upto, fails, lent):
+    path = tmp_path / "borrowed.jsonl"
+    world = World(BorrowLog(str(path)))
+    world.donate(LIBRARY, 1)
+    world.donate(LIBRARY, 2)
+    world.ask("acme", prompt(1, 2), upto=upto, fails=fails)
+    found = [json.loads(line)["borrowed"][0]["tokens"] for line in path.read_text().splitlines()]
+    assert found == lent
+
+
+def test_the_record_names_the_version_of_a_document(tmp_path):
+    path = tmp_path / "borrowed.jsonl"
+    world = World(BorrowLog(str(path)))
+    for seed in (1, 2, 3):
+        world.send_document(f"id{seed}", text(seed))
+    world.ask("acme", prompt(2, 1))
+    world.send_document("id1", np.arange(1, 3), forget=True)
+    world.send_document("id1 again", text(1))
+    world.ask("acme", prompt(1))
+    found = [json.loads(line)["borrowed"][0]["documents"] for line in path.read_text().splitlines()]
+    assert found == [["id1", "id2"], ["id1 again"]]
 
 
 def test_without_a_file_the_record_goes_to_the_servers_log(caplog):

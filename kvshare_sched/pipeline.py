@@ -26,6 +26,7 @@ from kvshare_sched.tenants.desk import Desk, lenders_of
 from kvshare_sched.tenants.log import Source
 from kvshare_sched.tenants.namespaces import owner_of
 from kvshare_sched.tenants.policy import Stamp
+from kvshare_sched.tenants.told import told
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
 from radix_ext.donors import DonorLease, DonorTree
 from radix_ext.matcher import find_segments
@@ -182,7 +183,7 @@ class Pipeline:
         started = time.perf_counter()
         config, plan, outcome, discovered = self.config, None, Outcome.ORDINARY, 0
         leases: dict[int, DonorLease] = {}
-        namespace, wished, repair, asks_until, told = None, False, None, prompt_len, None
+        namespace, wished, repair, asks_until, shown = None, False, None, prompt_len, None
         if isinstance(view, RequestView):
             asks_until = min(prompt_len, view.fresh_from + 2)  # fresh_from is two before the first scored token
             namespace, wished = view.namespace, not {"preset", "strategy", "ratio"}.isdisjoint(view.wishes)
@@ -199,7 +200,7 @@ class Pipeline:
                 off = not wished and self.auditor.refuses(namespace)
                 if stamp is not None and stamp.public != stamp:
                     public = replace(view, lenders=lenders_of(stamp.public, namespace))
-                    told = self._plan(public, strategy, config, off)
+                    shown = self._plan(public, strategy, config, off)
                 planned = self._plan(view, strategy, config, off)
                 reason = planned if isinstance(planned, Reason) else Reason.NONE
                 if isinstance(planned, ReusePlan) and self.config.mode == "discover":
@@ -222,7 +223,7 @@ class Pipeline:
         session = Session(rid, prompt_len, exact_len, config, plan, reason, leases=leases, outcome=outcome)
         session.discovered, session.repair = discovered, repair
         session.namespace, session.wished, session.asks_until = namespace, wished, asks_until
-        session.stamp, session.told = stamp, told
+        session.stamp, session.told = stamp, shown
         session.match_s = time.perf_counter() - started
         return session
 
@@ -350,30 +351,6 @@ class Pipeline:
             recompute_s=session.recompute_s,
         )
 
-    def _told(self, session: Session, true: ShareReport) -> ShareReport:
-        """The report of a request that may borrow other tenants' conversations: as if it might not, and without times.
-
-        A function of what the client may know of, whatever was found: a plan's expected rows stand for those that ran.
-        """
-        plan = session.told if isinstance(session.told, ReusePlan) and self.config.mode == "on" else None
-        rows = [true.prompt_len - true.exact] * self.costs.layers
-        if plan is not None:
-            whole = (plan.exact_len, plan.prompt_len)
-            rows = rows_per_layer(plan, *whole, session.strategy, session.config, self.costs.layers)
-        reused = plan.reused_len if plan is not None else 0
-        fresh = true.prompt_len - true.exact - reused
-        found = isinstance(session.told, ReusePlan)
-        outcome = (Outcome.REUSED if plan is not None else Outcome.DISCOVERED) if found else Outcome.ORDINARY
-        return replace(
-            true,
-            **{"reused": reused, "fresh": fresh, "recomputed": min(reused, max(0, rows[-1] - fresh))},
-            **{"outcome": outcome, "reason": Reason.NONE if found else session.told},
-            donors=len(_needed(plan.segments)) if plan is not None else 0,
-            discovered=session.told.reused_len if found and plan is None else 0,
-            computed_cells=sum(rows),
-            **{"match_s": 0.0, "copy_s": 0.0, "recompute_s": 0.0},
-        )
-
     def _report(self, session: Session) -> None:
         """Tell client and metrics, once. Never raises: an answer without a report beats no answer."""
         if session.reported:
@@ -382,7 +359,7 @@ class Pipeline:
         try:
             report = self.report_of(session)
             if session.on_report is not None:
-                session.on_report(report if session.told is None else self._told(session, report))
+                session.on_report(self._for_client(session, report))
             if self.metrics is not None and not self.auditor.owns(session.rid):  # metrics speak of clients
                 self.metrics.record(report)
             if session.sources and session.plan is not None:
@@ -390,6 +367,11 @@ class Pipeline:
                 self.desk.borrowed(session.rid, session.stamp, session.namespace, ran, session.sources)
         except Exception:
             logger.exception("kvshare: no report for request %s", session.rid)
+
+    def _for_client(self, session: Session, true: ShareReport) -> ShareReport:
+        if session.told is None:
+            return true
+        return told(true, session.told, session.strategy, session.config, self.costs.layers)
 
     def release(self, rid: str) -> None:
         """The request's KV row was given back (finished, aborted or retracted)."""

@@ -38,7 +38,7 @@ class ServerQueue:
     """SGLang's waiting list and ours, kept alike. Used by the scheduler thread only; no public method raises."""
 
     def __init__(self, policy: str, config, pipeline, chunk: int, metrics=None, preempts: bool = False):
-        """preempts: SGLang may take a running request's memory for a more urgent one, so none is kept for cached text."""
+        """preempts: SGLang may take memory from a running request for a more urgent one, so none is kept for text."""
         self._policy, self._config, self._pipeline = policy, config, pipeline
         self._keep = 0.0 if preempts else config.pool_keep
         self._chunk = chunk  # prefill tokens of one pass; 0: prompts are not cut
@@ -166,7 +166,10 @@ class ServerQueue:
     def _room(self) -> float:
         """Tokens beside the next chunk of the long prompt; 0 without one, and when that chunk is its last."""
         long = self._long
-        if long is None or self._work_between(long, long.extend_end, len(long.full_untruncated_fill_ids)) <= self._chunk:
+        if (
+            long is None
+            or self._work_between(long, long.extend_end, len(long.full_untruncated_fill_ids)) <= self._chunk
+        ):
             return 0.0
         return self._chunk / 2
 

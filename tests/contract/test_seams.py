@@ -40,7 +40,7 @@ LAYERS = (
         "kvshare_sched.controller",
         "kvshare_sched.divergence",
     },
-    {"kvshare_sched.audit"},
+    {"kvshare_sched.audit", "kvshare_sched.tenants.told"},
     {"kvshare_sched.scheduling.order", "kvshare_sched.scheduling.fairness", "kvshare_sched.scheduling.duplicates"},
     {"kvshare_sched.scheduling.queue", "kvshare_sched.scheduling.estimate"},
     {"kvshare_sched.simulator.profile", "kvshare_sched.simulator.traffic"},

@@ -27,6 +27,7 @@ POSITIONS = 24  # output tokens compared, from the first
 TOP = 128  # ids of each captured distribution that are compared one by one
 _QUEUE = 64  # finished requests waiting for an idle engine
 _TENANTS = 4096  # whose approximate requests are counted
+Blamed = int | tuple[str, int]  # a donor; (borrower, donor) for one that another namespace lends
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class Capture:
     strategy: str
     ratio: float
     wished: bool  # the request brought its own settings: measured, but moves nothing
-    donors: tuple[int, ...]
+    donors: tuple[Blamed, ...]
     prompt_len: int
     rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # ids int64, log p float32, [TOP]
     broken: bool = False
@@ -61,8 +62,18 @@ class Audit:
 class Auditor:
     """Chooses, captures, queues and settles audits of one engine; the controller learns from them."""
 
-    def __init__(self, config: KVShareConfig, shut: Callable[[int], None], metrics=None, token_s: float = 0.0):
-        """token_s: what the cost model says a prompt token of ordinary prefill costs."""
+    def __init__(
+        self,
+        config: KVShareConfig,
+        shut: Callable[[Blamed], None],
+        metrics=None,
+        lent: Callable[[int, str], bool] = lambda donor, tenant: False,
+        token_s: float = 0.0,
+    ):
+        """lent(donor, tenant): it is not the tenant's own. What it does in one borrower's prompts is then held against
+        it for that borrower alone: a tenant that writes such prompts would else take a document from its whole group.
+        token_s: what the cost model says a prompt token of ordinary prefill costs.
+        """
         self.share, self.repair_rows = config.audit_share, config.repair_rows
         self.controller = Controller(config.ratio, config.target_kl)
         self.agree: Callable = lambda found: found  # rank 0's object on every rank
@@ -71,7 +82,7 @@ class Auditor:
         self.tokens = self.served = 0  # spent on audits; prompt tokens of clients
         self.started_s = 0.0  # by the clock, for the metrics only
         self._token_s = token_s
-        self._shut = shut
+        self._shut, self._lent = shut, lent
         self._metrics = metrics
         self._captures: dict[str, Capture] = {}
         self._counts: OrderedDict[str, int] = OrderedDict()  # approximate requests of each tenant
@@ -109,7 +120,7 @@ class Auditor:
         wished = session.wished or config.repair_rows != self.repair_rows
         self._captures[session.rid] = Capture(
             *(tenant, config.strategy, config.ratio, wished),
-            donors=tuple(sorted(session.leases)),
+            donors=tuple((tenant, d) if self._lent(d, tenant) else d for d in sorted(session.leases)),
             prompt_len=session.prompt_len,
         )
 
@@ -221,7 +232,7 @@ class Auditor:
         self.controller.audited(capture.tenant, capture.ratio, found.kl)
         self._show(capture.tenant)
         for donor in self.controller.charge(capture.donors, found.kl):
-            logger.warning("kvshare: donor %d does harm and is shut (last audit: KL %.4g nats)", donor, found.kl)
+            logger.warning("kvshare: donor %s does harm and is shut (last audit: KL %.4g nats)", donor, found.kl)
             self._shut(donor)
             if self._metrics is not None:
                 self._metrics.shut()

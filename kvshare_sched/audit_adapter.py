@@ -8,6 +8,7 @@ from array import array
 
 from kvshare_sched.audit import Audit, Auditor
 from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of
+from kvshare_sched.tenants import gate
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ def on_idle(original, scheduler, *args, **kwargs):
         if (audit := auditor.start(room)) is not None:
             try:
                 auditor.started_s = time.perf_counter()
-                scheduler.handle_generate_request(request_of(audit))
+                with gate.ours():
+                    scheduler.handle_generate_request(request_of(audit))
             except Exception:
                 logger.exception("kvshare: audit %s could not be started", audit.rid)
                 auditor.settle(None, None)

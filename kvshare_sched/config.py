@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 SCHEDULERS = ("fair", "fcfs", "lpm", "hit_rate", "off")
 REPAIR_ORDERS = ("fifo", "lagged", "attention")
-_NOT_SETTINGS = {"KVSHARE_CONFIG", "KVSHARE_CACHE", "KVSHARE_ADMIN_KEY"}  # read elsewhere
+_NOT_SETTINGS = {"KVSHARE_CONFIG", "KVSHARE_CACHE", "KVSHARE_ADMIN_KEY", "KVSHARE_STAMP_SECRET"}  # read elsewhere
 
 
 def _setting(default, unit: str, reason: str, *, choices=None, low=None, high=None, request=False):

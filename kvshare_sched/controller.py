@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Controller:
         self.start = ratio
         self.low, self.high = min(LOWEST, ratio), max(HIGHEST, ratio)
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
-        self._sources: OrderedDict[int, list[float]] = OrderedDict()  # donor -> [audits, sum of KL]
+        self._sources: OrderedDict[Hashable, list[float]] = OrderedDict()  # donor -> [audits, sum of KL]
 
     # ---- questions ----
 
@@ -105,7 +105,7 @@ class Controller:
             if lower < state.ratio and not (state.missed_for and lower <= state.missed):
                 self._move(tenant, state, lower, mean)
 
-    def charge(self, donors: Iterable[int], kl: float) -> list[int]:
+    def charge(self, donors: Iterable[Hashable], kl: float) -> list:
         """Charge an audit's KL to the donors it borrowed from; returns those to be shut."""
         harmful = []
         for donor in donors:

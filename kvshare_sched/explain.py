@@ -34,10 +34,10 @@ def details(session, namespace: Namespace, index) -> dict:
     """What the report leaves out, as plain JSON types. session: `pipeline.Session`; index: SegmentIndex.
 
     A donor of another namespace, or one that has left, is not named: only how foreign its context was. What was found
-    in another tenant's conversations is not told at all: the runs are those of an ordinary request, as in the report.
+    in another tenant's conversations is not told at all: the runs are those of the plan that the report tells of.
     """
     runs, at = [_run("exact", 0, session.exact_len)], session.exact_len
-    for segment in session.plan.segments if session.plan is not None and not session.private else ():
+    for segment in session.told_plan.segments if session.told_plan is not None else ():
         runs.append(_run("fresh", at, segment.start - at))
         lenders = [_lender(place, namespace, index) for place in segment.places]
         runs.append(_run("reused", segment.start, segment.length) | {"donors": lenders})

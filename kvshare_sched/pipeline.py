@@ -15,16 +15,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kvshare_sched.audit import Auditor
+from kvshare_sched.audit import Auditor, Blamed
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.planner import CostModel, build_plan, expected_cells, rows_per_layer
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.strategies import get as get_strategy
 from kvshare_sched.strategies.base import Strategy
-from kvshare_sched.tenants.desk import Desk
+from kvshare_sched.tenants.desk import Desk, lenders_of
+from kvshare_sched.tenants.log import Source
 from kvshare_sched.tenants.namespaces import owner_of
 from kvshare_sched.tenants.policy import Stamp
+from kvshare_sched.tenants.told import told
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
 from radix_ext.donors import DonorLease, DonorTree
 from radix_ext.matcher import find_segments
@@ -32,6 +34,7 @@ from radix_ext.segment_index import SegmentIndex
 
 logger = logging.getLogger(__name__)
 _MEMO_SIZE = 4096  # requests whose last lookup is remembered
+_SHUT_SIZE = 16_384  # pairs of borrower and donor that are kept apart
 _MAX_REMATCH = 8  # donors found dead while planning one request, before it runs as ordinary prefill
 
 
@@ -48,7 +51,8 @@ class Session:
     namespace: Namespace | None = None  # None for a request that cannot take part
     asks_until: int = 0  # prompt tokens before those a client wants scored: the question ends here
     stamp: Stamp | None = None  # of its tenant, when a tenants file is in force
-    private: bool = False  # what was found stems from another tenant's conversations: its client sees no trace of it
+    told: ReusePlan | Reason | None = None  # what its client is told instead of the truth; None: the truth
+    sources: dict[int, Source] = field(default_factory=dict)  # whom it borrows from, for the record
     tenant: str = ""  # as metrics name it; known of requests that cannot take part too
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
@@ -69,6 +73,13 @@ class Session:
     def own(self) -> bool:
         """Whether the server has sent it itself, to compute or to drop a document of the library."""
         return self.stamp is not None and bool(self.stamp.document)
+
+    @property
+    def told_plan(self) -> ReusePlan | None:
+        """The plan that its client is told of."""
+        if self.told is None:
+            return self.plan
+        return self.told if isinstance(self.told, ReusePlan) and self.config.mode == "on" else None
 
     @property
     def strategy(self) -> Strategy:
@@ -103,8 +114,13 @@ class Pipeline:
         self.index = SegmentIndex(
             window=config.window, min_run=config.min_run, capacity=config.index_tokens, limits=self.desk.limits
         )
-        told = metrics.audits if metrics is not None else None
-        self.auditor = Auditor(config, self.index.remove, told, token_s=costs.cell_s * costs.layers)
+        audits = metrics.audits if metrics is not None else None
+        self.auditor = Auditor(
+            *(config, self._shut, audits),
+            lent=lambda donor, tenant: self.index.donors[donor].owner != tenant,
+            token_s=costs.cell_s * costs.layers,
+        )
+        self._shut_for: OrderedDict[tuple[str, int], None] = OrderedDict()  # (borrower, donor) that do not go together
         self.sessions: dict[str, Session] = {}
         self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
         self._memo: OrderedDict[str, tuple] = OrderedDict()
@@ -137,6 +153,9 @@ class Pipeline:
     def _look_up(self, view: RequestView, donors: int) -> tuple[Segment, ...]:
         # The last token is always computed; a request never borrows from itself (it is no donor while waiting).
         hits = self.index.hits(view.namespace, view.token_ids, view.exact_len, view.lenders)
+        if self._shut_for:
+            borrower = owner_of(view.namespace.extra_key)
+            hits = [hit for hit in hits if (borrower, hit[0]) not in self._shut_for]
         return find_segments(
             view.token_ids,
             hits,
@@ -146,6 +165,16 @@ class Pipeline:
             min_run=self.config.min_run,
             donors=donors,
         )
+
+    def _shut(self, blamed: Blamed) -> None:
+        """Audits blame a donor: one's own leaves the index, another's is kept from this borrower."""
+        if isinstance(blamed, int):
+            self.index.remove(blamed)
+            return
+        self._shut_for[blamed] = None
+        while len(self._shut_for) > _SHUT_SIZE:
+            self._shut_for.popitem(last=False)
+        self._memo.clear()
 
     def _all_live(self, segments: tuple[Segment, ...]) -> bool:
         live = True
@@ -169,7 +198,7 @@ class Pipeline:
         started = time.perf_counter()
         config, plan, outcome, discovered = self.config, None, Outcome.ORDINARY, 0
         leases: dict[int, DonorLease] = {}
-        namespace, wished, repair, asks_until, private = None, False, None, prompt_len, False
+        namespace, wished, repair, asks_until, shown = None, False, None, prompt_len, None
         if isinstance(view, RequestView):
             asks_until = min(prompt_len, view.fresh_from + 2)  # fresh_from is two before the first scored token
             namespace, wished = view.namespace, not {"preset", "strategy", "ratio"}.isdisjoint(view.wishes)
@@ -183,11 +212,11 @@ class Pipeline:
             try:
                 config = (config if wished else self.auditor.settings(config, namespace)).for_request(view.wishes)
                 strategy = get_strategy(config.strategy)
-                segments = self.match(view, strategy.donors)
-                private = stamp is not None and stamp.private(self._namespaces(segments))
-                planned = build_plan(view, segments, strategy, config, self.costs)
-                if isinstance(planned, ReusePlan) and not wished and self.auditor.refuses(namespace):
-                    planned = Reason.QUALITY
+                off = not wished and self.auditor.refuses(namespace)
+                if stamp is not None and stamp.public != stamp:
+                    public = replace(view, lenders=lenders_of(stamp.public, namespace))
+                    shown = self._plan(public, strategy, config, off)
+                planned = self._plan(view, strategy, config, off)
                 reason = planned if isinstance(planned, Reason) else Reason.NONE
                 if isinstance(planned, ReusePlan) and self.config.mode == "discover":
                     discovered, outcome = planned.reused_len, Outcome.DISCOVERED
@@ -209,12 +238,14 @@ class Pipeline:
         session = Session(rid, prompt_len, exact_len, config, plan, reason, leases=leases, outcome=outcome)
         session.discovered, session.repair = discovered, repair
         session.namespace, session.wished, session.asks_until = namespace, wished, asks_until
-        session.stamp, session.private = stamp, private
+        session.stamp, session.told = stamp, shown
         session.match_s = time.perf_counter() - started
         return session
 
-    def _namespaces(self, segments: tuple[Segment, ...]) -> set[str | None]:
-        return {self.index.donors[donor_id].namespace.extra_key for donor_id in _needed(segments)}
+    def _plan(self, view: RequestView, strategy: Strategy, config: KVShareConfig, off: bool) -> ReusePlan | Reason:
+        """off: reuse is off for this tenant."""
+        planned = build_plan(view, self.match(view, strategy.donors), strategy, config, self.costs)
+        return Reason.QUALITY if off and isinstance(planned, ReusePlan) else planned
 
     def _lease(self, plan: ReusePlan) -> dict[int, DonorLease]:
         leases: dict[int, DonorLease] = {}
@@ -243,18 +274,15 @@ class Pipeline:
         self._gauges()
 
     def _tenant_begun(self, session: Session) -> None:
-        """Learn what the request says of its tenant, and record what it borrows. Never raises."""
+        """Learn what the request says of its tenant, and note whom it borrows from. Never raises."""
         stamp = session.stamp
         try:
-            self.desk.learn(stamp)
+            self.desk.learn(stamp, self.tree)
             self.auditor.controller.targets[stamp.tenant] = stamp.target_kl
             if stamp.forget:
                 self.desk.forget(stamp.tenant, stamp.document, self.index, self.tree)
             if session.plan is not None:
-                donors = self.index.donors
-                kinds = self.desk.borrowed(session.rid, stamp, session.namespace, session.plan.segments, donors)
-                if self.metrics is not None:
-                    self.metrics.borrowed(kinds)
+                session.sources = self.desk.sources(session.plan.segments, self.index.donors)
         except Exception:
             logger.exception("kvshare: the tenant of request %s could not be looked after", session.rid)
 
@@ -355,12 +383,22 @@ class Pipeline:
         try:
             report = self.report_of(session)
             if session.on_report is not None:
-                session.on_report(report.as_ordinary() if session.private else report)
+                session.on_report(self._for_client(session, report))
             # Metrics speak of clients.
             if self.metrics is not None and not (session.own or self.auditor.owns(session.rid)):
                 self.metrics.record(report, session.tenant)
+            if session.sources and session.plan is not None:
+                ran = tuple(session.plan.clip(0, session.done_upto))  # an aborted request has used nothing of the rest
+                kinds = self.desk.borrowed(session.rid, session.stamp, session.namespace, ran, session.sources)
+                if self.metrics is not None:
+                    self.metrics.borrowed(kinds)
         except Exception:
             logger.exception("kvshare: no report for request %s", session.rid)
+
+    def _for_client(self, session: Session, true: ShareReport) -> ShareReport:
+        if session.told is None:
+            return true
+        return told(true, session.told, session.strategy, session.config, self.costs)
 
     def release(self, rid: str) -> None:
         """The request's KV row was given back (finished, aborted or retracted)."""

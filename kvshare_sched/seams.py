@@ -175,9 +175,20 @@ SEAMS = (
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._send_batch_request", ("tokenized_objs",)),
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.config_value", ("name",)),
     Seam(f"{_SRT}.managers.tokenizer_manager.ServerStatus.Starting"),
+    Seam(f"{_SCHEDULER}.handle_generate_request", ("recv_req", "mm_input_error")),
     Seam(
         f"{_SRT}.managers.io_struct.GenerateReqInput",
-        ("rid", "extra_key", "cache_salt", "priority", "sampling_params", "session_params", "text", "input_ids"),
+        (
+            "session_id",
+            "rid",
+            "extra_key",
+            "cache_salt",
+            "priority",
+            "sampling_params",
+            "session_params",
+            "text",
+            "input_ids",
+        ),
         kind="members",
     ),
     Seam(

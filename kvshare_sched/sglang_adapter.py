@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import pkgutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,9 @@ import torch
 from kvshare_sched import explain
 from kvshare_sched.audit import tenant_of
 from kvshare_sched.config import KVShareConfig
+from kvshare_sched.errors import UnsupportedError
 from kvshare_sched.planner import CostModel
+from kvshare_sched.tenants import gate
 from kvshare_sched.tenants.desk import Desk, lenders_of
 from kvshare_sched.tenants.log import BorrowLog
 from kvshare_sched.tenants.policy import Stamp, read
@@ -54,8 +57,8 @@ def takes_part(req) -> bool:
 
 
 def stamp_of(req, config: KVShareConfig) -> Stamp | None:
-    """What the HTTP process wrote about a request's tenant. Without a tenants file clients could write it themselves,
-    so it counts for nothing then. Never raises."""
+    """What the HTTP process wrote about a request's tenant, which the gate has checked. Without a tenants file clients
+    could write it themselves, so it counts for nothing then. Never raises."""
     if not config.tenants_file:
         return None
     try:
@@ -135,13 +138,17 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     if not admitted:
         pipeline.withdraw(session)
         idle = not adder.can_run_list and (adder.running_batch is None or not adder.running_batch.reqs)
-        if not idle or (session.plan is None and not pipeline.desk.held_tokens):
+        if not idle:
             return result
-        # Nothing else runs, so waiting frees nothing: without the pins the donors themselves can make room.
-        pipeline.desk.let_go(pipeline.tree)
-        reason = session.reason if session.plan is None else Reason.NO_MEMORY
-        session = replace(session, plan=None, reason=reason, outcome=Outcome.ORDINARY, leases={})
-        result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
+        # Nothing else runs, so waiting frees nothing: without its leases the donors themselves can make room.
+        if session.plan is not None:
+            reason, none = Reason.NO_MEMORY, {"plan": None, "leases": {}}
+            session = replace(session, reason=reason, outcome=Outcome.ORDINARY, **none)
+            result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
+        # Only when that is not enough, what was guaranteed to others.
+        if not admitted and pipeline.desk.held_tokens:
+            pipeline.desk.let_go(pipeline.tree)
+            result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
     session.on_report = lambda report: attach_report(req, report, _details(req, session, pipeline.index))
@@ -254,9 +261,12 @@ def wire(cache, ctx):
     queue = queue_adapter.create(config, ctx, pipeline, metrics)
     for seam, hook in queue_adapter.hooks().items() if queue is not None else ():
         hooks[seam] = _outside(hook, hooks[seam]) if seam in hooks else hook
+    if config.tenants_file:
+        hooks |= gate.hooks()
     for seam, hook in hooks.items():
         HookRegistry.register(seam, hook, HookType.AROUND)
     HookRegistry.apply_hooks()
+    check_hooked(hooks)
     if ctx.tp_rank == 0:
         logger.info("kvshare: %s", config.describe())
         logger.info(
@@ -264,6 +274,13 @@ def wire(cache, ctx):
             *(costs.cell_s * 1e6, costs.copy_s * 1e6, costs.overhead_s * 1e3, costs.pass_rows, costs.layers),
         )
     return pipeline, queue
+
+
+def check_hooked(seams: Iterable[str]) -> None:
+    """Raise UnsupportedError for a place without its hook: SGLang only logs what it could not put in place."""
+    for seam in seams:
+        if not hasattr(pkgutil.resolve_name(seam), "__wrapped__"):
+            raise UnsupportedError(f"{seam} could not be hooked; the log above says why. Run `kvshare doctor`.")
 
 
 def _outside(outer, inner):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import os
 
 import torch
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError, UnsupportedError
-from kvshare_sched.tenants import reload
+from kvshare_sched.tenants import gate, reload
 
 SGLANG_VERSION = "0.5.23"
 
@@ -42,6 +43,8 @@ _TENANT_SETTINGS = {
     "grpc_port": (None, "gRPC carries no identity"),
     "smg_grpc_mode": (False, "gRPC carries no identity"),
     "enable_response_store": (False, "stored answers are handed to whoever names them"),
+    "enable_custom_logit_processor": (False, "the body would carry code that runs in the engine, beside all tenants"),
+    "enable_session_radix_cache": (False, "a session can be continued by whoever names it"),
 }
 _KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "float32")
 
@@ -83,13 +86,19 @@ def check_server_args(original, server_args):
             )
         return
     try:
-        if path := KVShareConfig.load().tenants_file:
+        path = KVShareConfig.load().tenants_file
+        if path:
             reload.read(path)
+            nodes = resolved_view(server_args).nnodes
+            if nodes > 1 and not os.environ.get(gate.SECRET):
+                raise ConfigError(f"nnodes={nodes} with a tenants file: set {gate.SECRET} to one secret on all nodes.")
         found = refusals(server_args)
     except ConfigError as problem:
         found = [str(problem)]
     if found:
         raise SystemExit("\n".join(f"kvshare: {line}" for line in found))
+    if path:
+        gate.prepare()
 
 
 def _tenants_file() -> str:

@@ -9,7 +9,7 @@ prompt. *Donor* and *target* name the two sides of every copy. Each record check
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -237,16 +237,6 @@ class ShareReport:
     @property
     def prompt_len(self) -> int:
         return self.exact + self.reused + self.fresh
-
-    def as_ordinary(self) -> ShareReport:
-        """What the report would say without any reuse."""
-        return replace(
-            self,
-            **{"reused": 0, "recomputed": 0, "fresh": self.fresh + self.reused, "donors": 0, "discovered": 0},
-            **{"outcome": Outcome.ORDINARY, "reason": Reason.NO_MATCH, "copy_s": 0.0, "recompute_s": 0.0},
-            **{"expected_cells": 0, "expected_s": 0.0, "saved_s": 0.0},
-            computed_cells=(self.fresh + self.reused) * self.layers,
-        )
 
     def to_json(self) -> dict:
         """Plain JSON types, for `meta_info["kvshare"]`; times are rounded to microseconds."""

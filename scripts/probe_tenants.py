@@ -82,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     folder, out = Path(tempfile.mkdtemp()), Path(options.out)
     tables = (f"[tenants.{name}]\nkeys = ['{hash_of(f'key-of-{name}')}']" for name in ("victim", "attacker", "busy"))
-    (folder / "tenants.toml").write_text("\n".join(tables))
+    (folder / "tenants.toml").write_text("\n".join(("unknown = 'reject'", *tables)))
     arguments = server.fill_defaults(["--model-path", str(model.prepare()), *server.SMALL_POOL])
     environment = {"KVSHARE_TENANTS_FILE": str(folder / "tenants.toml"), "KVSHARE_AUDIT_SHARE": "0"}
     rng, found = np.random.default_rng(0), {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from urllib.parse import parse_qs
@@ -15,14 +16,17 @@ _LONGEST_BODY = 6 * LONGEST_TEXT + 65_536  # bytes: JSON may write a character a
 
 
 class Admin:
-    """Answers JSON: the document without its text, a list of them, or {"error": {"message", "code"}}."""
+    """Answers JSON: the document without its text, a list of them, or {"error": {"message", "code"}}.
+
+    DELETE answers 202 while the engine has not confirmed that it lends the document no longer; asking again tells.
+    """
 
     def __init__(self, librarian: Librarian):
         self.librarian = librarian
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            status, answer = 200, await self._answer(scope, receive)
+            status, answer = await self._answer(scope, receive)
         except Rejected as problem:
             status, answer = problem.status, {"error": {"message": str(problem), "code": problem.status}}
         except Exception:
@@ -33,18 +37,22 @@ class Admin:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _answer(self, scope, receive) -> dict:
+    async def _answer(self, scope, receive) -> tuple[int, dict]:
         if path_of(scope) != DOCUMENTS:
             raise Rejected(404, f"nothing is here; accepted: {DOCUMENTS}")
         if scope["method"] == "GET":
-            return {"documents": self.librarian.list()}
+            return 200, {"documents": self.librarian.list()}
         if scope["method"] == "POST":
             document = await self.librarian.add(checked(await _json(receive)))
         elif scope["method"] == "DELETE":
             document = await self.librarian.remove(_key(scope["query_string"]))
         else:
             raise Rejected(405, "accepted: GET, POST, DELETE")
-        return {"group": document.group, "name": document.name, "version": document.version, "tokens": document.tokens}
+        told = {"group": document.group, "name": document.name, "version": document.version, "tokens": document.tokens}
+        if scope["method"] == "POST":
+            return 200, told
+        dropped = self.librarian.dropped(document)
+        return 200 if dropped else 202, told | {"dropped": dropped}
 
 
 def _key(query: bytes) -> tuple[str, str]:
@@ -70,6 +78,6 @@ async def _json(receive) -> object:
         if not message.get("more_body"):
             break
     try:
-        return json.loads(b"".join(parts))
+        return await asyncio.to_thread(json.loads, b"".join(parts))
     except (ValueError, RecursionError):
         raise Rejected(400, "the body is no JSON") from None

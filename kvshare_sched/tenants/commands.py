@@ -55,8 +55,11 @@ class Documents:
 
     def remove(self, group: str, name: str) -> int:
         found = self._call("DELETE", query=urlencode({"group": group, "name": name}))
-        print(f"{found['name']}: removed")
-        return 0
+        if found["dropped"]:
+            print(f"{found['name']}: removed")
+            return 0
+        print(f"{found['name']}: removed, but the engine may still lend it; it is tried again. Ask again to see.")
+        return 1
 
     def add(self, group: str, paths: Sequence[str], name: str | None, system: str, ttl: float | None) -> int:
         """Add files one by one; what is refused is told and the others go on. Returns 1 if any was refused."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from kvshare_sched.tenants.log import BorrowLog, loans
+from kvshare_sched.tenants.log import BorrowLog, Source, loans
 from kvshare_sched.tenants.policy import OWN, Stamp
 from kvshare_sched.tenants.quotas import DonorLimits, to_hold
 from kvshare_sched.types import Namespace, Segment
@@ -29,23 +29,38 @@ class Desk:
         """log: of rank 0 only."""
         self.limits: dict[str, DonorLimits] = {}
         self._log = log
+        self._revision = 0  # of the promises in the tenants file
         self._held: dict[str, dict[int, tuple[int, int]]] = {}  # owner -> donor -> (length, pinned node)
         self._documents: dict[tuple[str, str], set[int]] = {}  # (owner, document) -> donors that hold its text
+        self._holds: dict[int, str] = {}  # the other way round
 
-    def learn(self, stamp: Stamp) -> None:
-        """A request of this tenant is admitted."""
-        self.limits[stamp.tenant] = DonorLimits(stamp.donor_tokens, stamp.guaranteed)
+    def learn(self, stamp: Stamp, tree) -> None:
+        """A request of this tenant is admitted.
 
-    def borrowed(self, rid: str, stamp: Stamp, own: Namespace, segments: Sequence[Segment], donors) -> Counter[str]:
-        """Record what an admitted request borrows; donors: of the index, by id.
+        When the file makes other promises, those of before end for everybody: who is no longer in it sends nothing that
+        would say so. A request that waited since before says nothing any more.
+        """
+        if stamp.revision > self._revision:
+            self._revision = stamp.revision
+            self.limits.clear()
+            self.let_go(tree)
+        if stamp.revision == self._revision:
+            self.limits[stamp.tenant] = DonorLimits(stamp.donor_tokens, stamp.guaranteed)
+
+    def sources(self, segments: Sequence[Segment], donors) -> dict[int, Source]:
+        """Whose KV an admitted request is about to use; its donors may be gone when it has. donors: of the index."""
+        used = {place.donor_id for segment in segments for place in segment.places}
+        return {i: (donors[i].namespace, self._holds.get(i)) for i in used}
+
+    def borrowed(self, rid: str, stamp: Stamp, own: Namespace, segments: Sequence[Segment], sources) -> Counter[str]:
+        """Record what a request has borrowed: the segments that ran; sources: as of its admission.
 
         Returns donor tokens read by kind of donor: OWN, or the rule that allows it; every donor of a text counts.
         """
-        places = [place for segment in segments for place in segment.places]
-        found = loans(segments, {p.donor_id: donors[p.donor_id].namespace for p in places}, own, stamp.lenders)
+        found = loans(segments, sources, own, stamp.lenders)
         if found and self._log is not None:
             self._log.write(rid, stamp, found)
-        kinds = Counter({OWN: sum(place.length for place in places)})
+        kinds = Counter({OWN: sum(place.length for segment in segments for place in segment.places)})
         for loan in found:
             kinds[loan["rule"]] += loan["tokens"]
             kinds[OWN] -= loan["tokens"]
@@ -81,15 +96,17 @@ class Desk:
         """A document of the library has become a donor."""
         if donor_id is not None and len(self._documents) < _KNOWN:
             self._documents.setdefault((owner, name), set()).add(donor_id)
+            self._holds[donor_id] = name
 
     def forget(self, owner: str, name: str, index, tree) -> None:
         """A document has left the library: nobody borrows it from now on."""
         for donor_id in sorted(self._documents.pop((owner, name), ())):
             index.remove(donor_id)
+            self._holds.pop(donor_id, None)
         self.published(owner, index, tree)
 
     def let_go(self, tree) -> None:
-        """Give all pins back: a request does not fit beside them. They return when their owners publish next."""
+        """Give all pins back. They return when their owners publish next."""
         for held in self._held.values():
             for _, node in held.values():
                 tree.let_go(node)
@@ -99,6 +116,7 @@ class Desk:
         """The tree was emptied, and the pins with it."""
         self._held.clear()
         self._documents.clear()
+        self._holds.clear()
 
     @property
     def held_tokens(self) -> int:

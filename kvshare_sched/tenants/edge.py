@@ -46,11 +46,12 @@ class Edge:
         *,
         sign: int = 0,
         starting=lambda: False,
+        own=(),
         refused: Callable[[str, str], None] = lambda tenant, quota: None,
     ):
         """mark(): that of the engine, which changes with its weights. sign: 1 where SGLang runs large priorities first,
-        -1 small ones, 0 where it looks at none. starting(): the server sends itself its first requests. refused: as
-        `Flights` takes it.
+        -1 small ones, 0 where it looks at none. starting(): the server sends itself its first requests, from loopback
+        or one of the addresses `own`. refused: as `Flights` takes it.
         """
         self.flights = Flights(refused)
         self._mark = mark
@@ -59,6 +60,7 @@ class Edge:
         self._file = file
         self._looked = time.monotonic()
         self._frozen = False
+        self._own_addresses = frozenset({"127.0.0.1", "::1", *own})
 
     @property
     def mark(self) -> str:
@@ -76,7 +78,8 @@ class Edge:
         """Whether a caller may use a path."""
         path, tenants = path_of(scope), self.tenants()
         opened = path in HEALTH or (path in tenants.open_paths and path not in SERVED)
-        opened |= scope.get("method") == "OPTIONS"  # a browser's question before it sends its key; runs no handler
+        # A browser's question before it sends its key. Only where routes answer: a mount would answer it like a GET.
+        opened |= scope.get("method") == "OPTIONS" and path in SERVED
         if scope["type"] == "http" and (opened or self._own(scope, path)):
             return Caller(SERVER)
         caller = identify(scope["headers"], tenants)
@@ -92,9 +95,9 @@ class Edge:
         return caller
 
     def _own(self, scope, path: str) -> bool:
-        """The requests a starting server sends itself over its loopback."""
+        """The requests a starting server sends itself."""
         client = scope.get("client")
-        if client is None or client[0] not in ("127.0.0.1", "::1") or path not in _START:
+        if client is None or client[0] not in self._own_addresses or path not in _START:
             return False
         if path == "/freeze_gc":  # the last of them
             mine, self._frozen = not self._frozen, True

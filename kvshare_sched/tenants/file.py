@@ -61,12 +61,18 @@ class Tenants:
     operator_keys: frozenset[str] = field(default=frozenset(), repr=False)
     open_paths: frozenset[str] = frozenset()  # served to everybody, besides health checks
     library_tokens: int = 0  # KV tokens that documents may hold pinned, all groups together
+    revision: int = 0  # of the promises, counted by `TenantsFile`
 
     @property
     def promised(self) -> int:
         """KV tokens that ordinary eviction never takes."""
-        known = (*self.tenants.values(), *((self.anonymous,) if self.anonymous else ()))
-        return self.library_tokens + sum(tenant.guaranteed_donor_tokens for tenant in known)
+        return self.library_tokens + sum(tenant.guaranteed_donor_tokens for tenant in self.tenants.values())
+
+    @property
+    def promises(self) -> tuple:
+        """What pins in the engine follow from; compared to see whether an edit concerns them."""
+        kept = sorted((t.name, t.donor_tokens or 0, t.guaranteed_donor_tokens) for t in self.tenants.values())
+        return self.library_tokens, tuple(sorted(self.groups)), tuple(kept)
 
     def check_room(self, pool: int, index: int, longest: int) -> None:
         """Raise ConfigError when more is promised than a pool and an index of so many tokens can spare.
@@ -86,11 +92,11 @@ def parse(text: str, source: str) -> Tenants:
     """Check a tenants file. Raises ConfigError naming file, key, value and what is accepted."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
+    except (ValueError, RecursionError) as problem:  # numbers of 4,300 digits and deep nesting are no TOMLDecodeError
         raise ConfigError(f"{source}: not readable as TOML: {problem}. The old state, if any, stays.") from None
     top = {"unknown", "anonymous", "gateway", "operators", "groups", "tenants", "library"}
     _known(source, "", data, top)
-    unknown = data.get("unknown", ANONYMOUS)
+    unknown = data.get("unknown")  # has no default: half a file must not open the server
     if unknown not in UNKNOWN:
         raise _wrong(source, "unknown", unknown, " or ".join(UNKNOWN))
     group_tables = _named_tables(source, "groups", data.get("groups", {}))
@@ -119,8 +125,9 @@ def parse(text: str, source: str) -> Tenants:
             raise _wrong(source, f"groups.{name}.trusted", trusted, "true or false")
         groups[name] = Group(name, trusted, tuple(sorted(t.name for t in tenants.values() if name in t.groups)))
     stranger = _table(source, "anonymous", data.get("anonymous", {}))
-    _known(source, "anonymous", stranger, _limits())
-    anonymous = Tenant(ANONYMOUS, **_read_limits(source, "anonymous", stranger))
+    _known(source, "anonymous", stranger, _limits().keys() - {"donor_tokens", "guaranteed_donor_tokens"})
+    # Nothing is shared between strangers, so nothing of them is kept.
+    anonymous = Tenant(ANONYMOUS, donor_tokens=0, **_read_limits(source, "anonymous", stranger))
     header, gateway = _gateway(source, data.get("gateway"), owners)
     operators = _table(source, "operators", data.get("operators", {}))
     _known(source, "operators", operators, {"keys", "open"})

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import socket
 
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.tenants.admin import Admin
 from kvshare_sched.tenants.edge import Edge, Middleware, caller_here, own_request
-from kvshare_sched.tenants.identity import Refusal, identify
+from kvshare_sched.tenants.identity import Refusal, identify, renewed
 from kvshare_sched.tenants.librarian import Librarian
 from kvshare_sched.tenants.library import Library
 from kvshare_sched.tenants.namespaces import engine_mark
@@ -33,12 +34,13 @@ async def generate_request(original, manager, obj, request=None):
             async for answer in answers:
                 yield answer
         return
-    caller = caller_here.get() or identify((), edge.tenants())
+    tenants, caller = edge.tenants(), caller_here.get()
+    caller = identify((), tenants) if caller is None else renewed(caller, tenants)
     if isinstance(caller, Refusal):
         raise ValueError(caller.message)
     flight = edge.flights.start(caller.tenant, requests_in(obj))
     try:
-        stamp_request(obj, caller, edge.tenants(), edge.mark, flight, sign=edge.sign)
+        stamp_request(obj, caller, tenants, edge.mark, flight, sign=edge.sign)
         async with contextlib.aclosing(original(manager, obj, request)) as answers:
             async for answer in answers:
                 if not obj.stream:  # the only one; handlers ask for no second, so this may not go on
@@ -50,22 +52,26 @@ async def generate_request(original, manager, obj, request=None):
 
 async def send_one(original, manager, tokenized):
     """Around `TokenizerManager._send_one_request`: here the length of a prompt is known."""
-    _count(tokenized)
+    _count(manager, tokenized)
     return await original(manager, tokenized)
 
 
 async def send_batch(original, manager, tokenized):
     """Around `TokenizerManager._send_batch_request`."""
     for one in tokenized:
-        _count(one)
+        _count(manager, one)
     return await original(manager, tokenized)
 
 
-def _count(tokenized) -> None:
+def _count(manager, tokenized) -> None:
+    """Count prompt and answer; an answer without a limit of its own may fill the context."""
     params = getattr(tokenized, "sampling_params", None)
     stamp = read(getattr(params, "custom_params", None)) if _edge is not None else None
     if stamp is not None:
-        _edge.flights.grow(stamp.flight, len(tokenized.input_ids or ()) + (params.max_new_tokens or 0))
+        prompt = len(tokenized.input_ids or tokenized.input_embeds or ())
+        room = max(0, manager.context_len - prompt)
+        answer = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        _edge.flights.grow(stamp.flight, prompt + answer)
 
 
 def run_http_server(
@@ -105,12 +111,13 @@ def _install(server_args, manager, pool: int) -> None:
         lambda: mark(manager.config_value("weight_version")),
         sign=_sign(settings),
         starting=lambda: manager.server_status == ServerStatus.Starting,
+        own=_addresses(settings.host),
         **counted,
     )
     admin = background = None
     if config.library:
         shown = {"show": metrics.library} if metrics is not None else {}
-        librarian = Librarian(Library(config.library), _edge, manager, **shown)
+        librarian = Librarian(Library(config.library), _edge, manager, settings.page_size, **shown)
         admin, background = Admin(librarian), librarian.run
     http_server.app.add_middleware(Middleware, edge=_edge, admin=admin, background=background)
     logger.warning(
@@ -118,6 +125,14 @@ def _install(server_args, manager, pool: int) -> None:
         len(file.current.tenants),
         config.tenants_file,
     )
+
+
+def _addresses(host: str | None) -> set[str]:
+    """Where a server that listens on `host` alone sends itself requests from."""
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)} if host else set()
+    except OSError:
+        return set()
 
 
 def _sign(settings) -> int:

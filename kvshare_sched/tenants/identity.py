@@ -66,6 +66,15 @@ def identify(headers: Iterable[tuple[bytes, bytes]], tenants: Tenants) -> Caller
     return _stranger(tenants) if found is None else Caller(tenants.tenants[found])
 
 
+def renewed(caller: Caller, tenants: Tenants) -> Caller | Refusal:
+    """The same caller by the file in force now: a body may come long after the headers that named its sender."""
+    name = caller.tenant.name
+    if caller.tenant in (OPERATORS, SERVER):
+        return caller
+    tenant = tenants.anonymous if name == ANONYMOUS else tenants.tenants.get(name)
+    return Caller(tenant) if tenant is not None else Refusal(401, "this tenant is no longer served")
+
+
 def _from_gateway(names: list[str], tenants: Tenants) -> Caller | Refusal:
     if len(names) > 1:
         return Refusal(400, f"the header {tenants.gateway_header} came {len(names)} times; send it once")

@@ -3,12 +3,14 @@
 A document is prefilled as an ordinary request, opted out of reuse, in the namespace of its group, which no client's
 request can name: its KV has seen nothing but the declared system prompt. It becomes a donor by the normal path, and the
 scheduler pins it (`Desk`). Pinned KV goes only when the whole cache is emptied, so looking at one document in turn is
-enough to notice that all must be computed again.
+enough to notice that all must be computed again. What is taken back counts as lent until the engine has confirmed that
+it is dropped; that list needs no file, because KV does not outlive the server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import replace
@@ -20,16 +22,25 @@ from kvshare_sched.tenants.stamping import stamp_document
 
 logger = logging.getLogger(__name__)
 _LOOK_S = 5.0  # between two looks at one document
-_MISSING = 64  # tokens that may be computed again without calling the document evicted: pages, and the last token
+_MISSING = 64  # tokens, or a page, that may be computed again without calling the document evicted
+_ANY = [0]  # the prompt of a request that only says what to drop
+_MOST_URGENT = 2**31  # above every ceiling of the tenants file
 
 
 class Librarian:
     """One per HTTP process. Changes come one at a time."""
 
-    def __init__(self, library: Library, edge: Edge, manager, clock=time.time, show=lambda documents: None):
-        """manager: SGLang's TokenizerManager. show: is given `list()` after changes, for the metrics."""
+    def __init__(
+        self, library: Library, edge: Edge, manager, page: int = 1, clock=time.time, show=lambda documents: None
+    ):
+        """manager: SGLang's TokenizerManager; page: tokens of a KV page. show: is given `list()` after changes, for the
+        metrics.
+        """
         self.library, self._edge, self._manager, self._clock = library, edge, manager, clock
+        self._missing = max(_MISSING, page)
         self._resident: dict[tuple[str, str], bool] = dict.fromkeys(library.documents, False)
+        self._leaving: dict[str, Document] = {}  # by label: taken back, but perhaps still lent by the engine
+        self._tokens: dict[str, list[int]] = {}  # by label, of documents in the library
         self._changing = asyncio.Lock()
         self._show = show
         show(self.list())
@@ -40,6 +51,7 @@ class Librarian:
             {
                 "group": document.group,
                 "name": document.name,
+                "id": document.label,
                 "version": document.version,
                 "tokens": document.tokens,
                 "expires": document.expires,
@@ -47,6 +59,10 @@ class Librarian:
             }
             for key, document in sorted(self.library.documents.items())
         ]
+
+    def dropped(self, document: Document) -> bool:
+        """Whether the engine has confirmed that it lends this document no longer."""
+        return document.label not in self._leaving
 
     async def add(self, wanted: Document) -> Document:
         """Keep a document and compute it; the same text again changes only its time to live. Raises Rejected."""
@@ -60,40 +76,61 @@ class Librarian:
                 document = replace(old, expires=expires)
                 self.library.put(document)
                 return document
-            document = replace(wanted, expires=expires, version=1 if old is None else old.version + 1)
-            document = replace(document, tokens=len(self._ids(document)))
-            longest = self._manager.max_req_input_len or self._manager.context_len
-            if document.tokens >= longest:
-                raise Rejected(
-                    413, f"the document has {document.tokens} tokens; a prompt may have {longest}. Split it."
-                )
-            # Until the new version is computed both are held.
-            need = self.library.tokens + document.tokens
-            if need > tenants.library_tokens:
-                raise Rejected(
-                    409,
-                    f"the library would hold {need} tokens; library.tokens in the tenants file is "
-                    f"{tenants.library_tokens}. Remove documents, or raise it.",
-                )
-            await self._send(document)
+            earlier = [
+                d.version for d in (*self.library.documents.values(), *self._leaving.values()) if d.key == wanted.key
+            ]
+            document = replace(wanted, expires=expires, version=1 + max(earlier, default=0))
+            ids = await self._encode(document)
+            document = replace(document, tokens=len(ids))
+            self._check_room(document, tenants.library_tokens)
+            # On disk before it is lent, so that whatever is lent can be taken back.
             self.library.put(document)
-            self._resident[document.key] = True
-            self._show(self.list())
             if old is not None:
-                await self._forget(old)
-                await self._send(document)  # what both versions begin with was found under the old one
+                self._leaving[old.label] = old
+            try:
+                await self._ask(document, ids)
+            except BaseException:
+                self._leaving[document.label] = document  # it may have been computed all the same
+                if old is None:
+                    self.library.drop(document.key)
+                else:
+                    del self._leaving[old.label]
+                    self.library.put(old)
+                raise
+            self._tokens[document.label] = ids
+            # What both versions begin with was found under the old one, and has to be computed again.
+            self._resident[document.key] = old is None
+            self._show(self.list())
+            await self._drop()
             return document
 
-    async def remove(self, key: tuple[str, str]) -> Document:
-        """Lend a document no longer. Raises Rejected."""
+    def _check_room(self, document: Document, budget: int) -> None:
+        longest = self._manager.max_req_input_len or self._manager.context_len
+        if document.tokens >= longest:
+            raise Rejected(413, f"the document has {document.tokens} tokens; a prompt may have {longest}. Split it.")
+        # An old version is held until the new one is computed, and what is taken back until the engine has dropped it.
+        need = self.library.tokens + sum(d.tokens for d in self._leaving.values()) + document.tokens
+        if need > budget:
+            raise Rejected(
+                409,
+                f"the library would hold {need} tokens; library.tokens in the tenants file is {budget}. "
+                "Remove documents, or raise it.",
+            )
+
+    async def remove(self, key: tuple[str, str], *, only_expired: bool = False) -> Document:
+        """Lend a document no longer; ask `dropped` whether the engine has confirmed it. Raises Rejected."""
         async with self._changing:
             document = self.library.documents.get(key)
+            if document is not None and (not only_expired or document in self.library.expired(self._clock())):
+                self.library.drop(key)
+                self._leaving[document.label] = document
+                self._resident.pop(key, None)
+            elif document is None:
+                document = next((d for d in self._leaving.values() if d.key == key), None)
             if document is None:
                 raise Rejected(404, f"group {key[0]!r} has no document {key[1]!r}")
-            self.library.drop(key)
-            self._resident.pop(key, None)
             self._show(self.list())
-            await self._forget(document)
+            await self._drop()
             return document
 
     async def run(self) -> None:
@@ -108,62 +145,96 @@ class Librarian:
 
     async def look_after(self) -> None:
         """One round: what has expired goes, what is missing is computed, one of the others is looked at."""
+        async with self._changing:
+            await self._drop()
         for document in self.library.expired(self._clock()):
-            await self.remove(document.key)
-        missing = [key for key, there in self._resident.items() if not there]
+            with contextlib.suppress(Rejected):  # an operator was quicker
+                await self.remove(document.key, only_expired=True)
+        wanted = self._wanted()
+        missing = [key for key in wanted if not self._resident.get(key)]
+        there = next((key for key in self._resident if key in wanted and key not in missing), None)
         for number, key in enumerate(missing, 1):
             await self._compute(key)
             if number % 100 == 0:
-                logger.info("kvshare: library: %d of %d documents computed", number, len(missing))
+                logger.info("kvshare: library: %d of %d documents looked at", number, len(missing))
                 self._show(self.list())
-        if not missing and self._resident:
-            key = next(iter(self._resident))
-            self._resident[key] = self._resident.pop(key)  # the next time another one
-            if not await self._compute(key):
+        if there is not None:
+            self._resident[there] = self._resident.pop(there)  # the next time another one
+            if not await self._compute(there):
                 logger.info("kvshare: the library has left the cache and is computed again")
-                self._resident.update((other, False) for other in self._resident if other != key)
+                self._resident.update((other, False) for other in self._resident if other != there)
         self._show(self.list())
 
+    def _wanted(self) -> dict[tuple[str, str], Document]:
+        """What is to be there: documents of declared groups, ascending, as far as the budget goes."""
+        tenants, found = self._edge.tenants(), {}
+        left = tenants.library_tokens - sum(document.tokens for document in self._leaving.values())
+        for key, document in sorted(self.library.documents.items()):
+            if document.group in tenants.groups and document.tokens <= left:
+                found[key] = document
+                left -= document.tokens
+        return found
+
     async def _compute(self, key: tuple[str, str]) -> bool:
-        """Compute a document unless it is there; returns whether it was."""
+        """Compute a document unless it is there; returns whether it was. One that cannot be stops no other."""
         async with self._changing:
             document = self.library.documents.get(key)
             if document is None:
                 return True
-            cached = await self._send(document)
+            self._resident[key] = False
+            try:
+                if (ids := self._tokens.get(document.label)) is None:
+                    ids = self._tokens[document.label] = await self._encode(document)
+                cached = await self._ask(document, ids)
+            except Exception as problem:
+                logger.warning("kvshare: document %s could not be computed: %s", document.label, type(problem).__name__)
+                return True
             self._resident[key] = True
-            return cached >= max(1, document.tokens - _MISSING)
+            return cached >= max(1, len(ids) - self._missing)
 
-    async def _send(self, document: Document) -> int:
-        return await self._ask(document, self._ids(document))
-
-    async def _forget(self, document: Document) -> None:
-        try:
-            await self._ask(document, self._ids(document)[:1], forget=True)
-        except Exception:
-            logger.exception("kvshare: a removed document stays a donor until the cache is emptied")
+    async def _drop(self) -> None:
+        """Have the engine drop what was taken back. What it does not confirm is asked for again in the next round."""
+        for label, document in list(self._leaving.items()):
+            try:
+                await self._ask(document, _ANY, forget=True)
+            except Exception:
+                logger.exception("kvshare: document %s was removed and may still be lent; tried again", label)
+                continue
+            del self._leaving[label]
+            self._tokens.pop(label, None)
 
     async def _ask(self, document: Document, ids: list[int], *, forget: bool = False) -> int:
-        """Send one request of our own; returns how many of its tokens were cached."""
+        """Send one request of our own; returns how many of its tokens were cached. Raises when it did not run."""
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         obj = GenerateReqInput(
             input_ids=ids, sampling_params={"max_new_tokens": 1, "temperature": 0}, log_metrics=False
         )
         space = name_of(self._edge.mark, DOCUMENTS, document.group)
-        held = self._edge.tenants().library_tokens
-        stamp_document(obj, space, document.label, guaranteed=held, forget=forget)
+        held, revision = self._held(document.group), self._edge.tenants().revision
+        stamp_document(obj, space, document.label, guaranteed=held, revision=revision, forget=forget)
+        if forget and self._edge.sign:  # else None, the least urgent
+            obj.priority = self._edge.sign * _MOST_URGENT
         token = own_request.set(True)
         try:
             answer = await anext(self._manager.generate_request(obj, None))
         finally:
             own_request.reset(token)
-        return answer["meta_info"]["cached_tokens"]
+        meta = answer["meta_info"]
+        if (meta.get("finish_reason") or {}).get("type") == "abort":
+            raise RuntimeError("the request was aborted")
+        return meta["cached_tokens"]
 
-    def _ids(self, document: Document) -> list[int]:
+    def _held(self, group: str) -> int:
+        """Tokens the engine may keep pinned for a group; over all groups never more than the budget."""
+        return sum(d.tokens for d in (*self._wanted().values(), *self._leaving.values()) if d.group == group)
+
+    async def _encode(self, document: Document) -> list[int]:
+        """Token ids of system and text, made beside the loop: a long text takes seconds."""
         tokenizer = self._manager.tokenizer
         if tokenizer is None:
             raise Rejected(409, "the server has no tokenizer (--skip-tokenizer-init), so it cannot read documents")
         if not document.system:
-            return list(tokenizer.encode(document.text))
-        return [*tokenizer.encode(document.system), *tokenizer.encode(document.text, add_special_tokens=False)]
+            return list(await asyncio.to_thread(tokenizer.encode, document.text))
+        system = await asyncio.to_thread(tokenizer.encode, document.system)
+        return [*system, *await asyncio.to_thread(tokenizer.encode, document.text, add_special_tokens=False)]

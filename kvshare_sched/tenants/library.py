@@ -67,12 +67,28 @@ def checked(data: object) -> Document:
         raise Rejected(400, "name must have 1 to 200 characters, none of them a control character")
     if not data["text"].strip():
         raise Rejected(400, "text must not be empty")
+    try:
+        (data["text"] + data.get("system", "") + data["group"] + data["name"]).encode()
+    except UnicodeEncodeError:
+        raise Rejected(400, "a text holds half of a surrogate pair, which no encoding can write") from None
     if len(data["text"]) + len(data.get("system", "")) > LONGEST_TEXT:
         raise Rejected(413, f"system and text may have {LONGEST_TEXT} characters; split the document")
     ttl = data.get("ttl_s")
     if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= LONGEST_TTL_S):
         raise Rejected(400, f"ttl_s must be a number of seconds above 0 and up to {LONGEST_TTL_S}")
     return Document(data["group"], data["name"], data["text"], data.get("system", ""), expires=ttl)
+
+
+def _read(data: dict) -> Document:
+    """A document out of its file; raises ValueError or TypeError for what is none."""
+    document = Document(**data)
+    texts = (document.group, document.name, document.text, document.system)
+    numbers = (document.version, document.tokens)
+    if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise TypeError("group, name, text and system must be texts; version and tokens whole numbers")
+    if document.expires is not None and type(document.expires) not in (int, float):
+        raise TypeError("expires must be a number of seconds, or null")
+    return document
 
 
 class Library:
@@ -89,9 +105,9 @@ class Library:
             raise ConfigError(f"KVSHARE_LIBRARY={folder!r} cannot be used: {problem}. Name a folder.") from None
         for path in files:
             try:
-                document = Document(**json.loads(path.read_text(encoding="utf-8")))
+                document = _read(json.loads(path.read_text(encoding="utf-8")))
                 self.documents[document.key] = document
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, RecursionError):
                 logger.exception("kvshare: %s is no document of the library and is left alone", path)
 
     @property
@@ -108,8 +124,8 @@ class Library:
 
     def drop(self, key: tuple[str, str]) -> None:
         """Forget a document."""
-        del self.documents[key]
         self._path(key).unlink(missing_ok=True)
+        del self.documents[key]
 
     def expired(self, now: float) -> list[Document]:
         """Documents whose time is over."""

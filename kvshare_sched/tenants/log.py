@@ -1,7 +1,7 @@
 """The record of borrowing: one JSON line for every request that used another namespace's KV.
 
-Names of tenants and groups, rules and lengths; no token, no text, no salt, no key. A request is named by a digest of
-its id, because clients may choose ids.
+Names of tenants and groups, rules and lengths; no token, no text, no salt, no key. A document is named by the id of its
+version in the library's list, a request by a digest of its id.
 """
 
 from __future__ import annotations
@@ -17,21 +17,25 @@ from kvshare_sched.tenants.policy import Lender, Stamp
 from kvshare_sched.types import Namespace, Segment
 
 logger = logging.getLogger(__name__)
+Source = tuple[Namespace, str | None]  # of a donor: its namespace, and the document it holds
 
 
 def loans(
-    segments: Sequence[Segment], namespaces: Mapping[int, Namespace], own: Namespace, lenders: Sequence[Lender]
+    segments: Sequence[Segment], donors: Mapping[int, Source], own: Namespace, lenders: Sequence[Lender]
 ) -> list[dict]:
-    """What was borrowed: tokens by lender and rule, ascending by lender. namespaces: of each donor."""
+    """What was borrowed: tokens by lender and rule, with the documents among them, ascending by lender."""
     rules = {one.extra_key: one for one in lenders}
     tokens: dict[str, int] = {}
+    documents: dict[str, set[str]] = {}
     for place in (place for segment in segments for place in segment.places):
-        namespace = namespaces[place.donor_id]
+        namespace, document = donors[place.donor_id]
         if namespace != own:
             tokens[namespace.extra_key] = tokens.get(namespace.extra_key, 0) + place.length
+            documents.setdefault(namespace.extra_key, set()).update([document] if document else ())
     return sorted(
         (
             {"from": owner_of(key), "rule": rules[key].rule, "group": rules[key].group, "tokens": count}
+            | ({"documents": sorted(documents[key])} if documents[key] else {})
             for key, count in tokens.items()
         ),
         key=lambda loan: (loan["from"], loan["rule"]),

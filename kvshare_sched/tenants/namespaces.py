@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 TENANT, DOCUMENTS = "tenant", "documents"
 _MARK = "kvshare"
+_LONGEST_NAME = 512  # characters of a name of ours, by far; longer texts are clients' own and are not remembered
 
 
 def frame(*parts: str | None) -> str:
@@ -60,9 +61,13 @@ def within(extra_key: str | None, cache_salt: str | None) -> str | None:
     return _digest(frame(extra_key, cache_salt)) if extra_key or cache_salt else None
 
 
-@functools.lru_cache(maxsize=4096)
 def owner_of(extra_key: str | None) -> str:
     """The tenant a namespace belongs to; `documents:GROUP` for a library; an extra_key of no such form names itself."""
+    return _owner_of(extra_key) if len(extra_key or "") <= _LONGEST_NAME else extra_key
+
+
+@functools.lru_cache(maxsize=4096)
+def _owner_of(extra_key: str | None) -> str:
     parts = unframe(extra_key) if extra_key and extra_key.startswith(frame(_MARK)) else None
     if parts is None or len(parts) != 4 or parts[2] not in (TENANT, DOCUMENTS) or parts[3] is None:
         return extra_key or ""

@@ -8,8 +8,8 @@ nothing. Pure.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from kvshare_sched.tenants.file import Tenant, Tenants
 from kvshare_sched.tenants.namespaces import DOCUMENTS, TENANT, name_of
@@ -43,10 +43,12 @@ class Stamp:
     flight: int = 0  # of the process that counts requests in flight
     document: str = ""
     forget: bool = False  # the document is to be dropped
+    revision: int = 0  # of the promises in the tenants file
 
-    def private(self, extra_keys: Collection[str | None]) -> bool:
-        """Whether KV of any of these namespaces stems from another tenant's conversations."""
-        return any(one.rule == TRUSTED and one.extra_key in extra_keys for one in self.lenders)
+    @property
+    def public(self) -> Stamp:
+        """The same without lenders whose conversations are private: what is found there a client may be told of."""
+        return replace(self, lenders=tuple(one for one in self.lenders if one.rule != TRUSTED))
 
     def to_text(self) -> str:
         """For `custom_params`, which hold JSON values only."""
@@ -83,6 +85,7 @@ def stamp_of(tenant: Tenant, tenants: Tenants, mark: str, flight: int) -> Stamp:
         tenant.donor_tokens,
         tenant.guaranteed_donor_tokens,
         flight,
+        revision=tenants.revision,
     )
 
 

@@ -6,9 +6,11 @@ changed here. Works on its plain attributes and imports nothing of SGLang.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 
-from kvshare_sched.tenants.file import Tenants
+from kvshare_sched.tenants.file import ANONYMOUS, Tenants
+from kvshare_sched.tenants.gate import SEAL_KEY, seal_of
 from kvshare_sched.tenants.identity import SERVER, Caller
 from kvshare_sched.tenants.namespaces import TENANT, name_of, owner_of, within
 from kvshare_sched.tenants.policy import STAMP_KEY, Stamp, stamp_of
@@ -24,24 +26,30 @@ def stamp_request(obj, caller: Caller, tenants: Tenants, mark: str, flight: int,
         raise ValueError(
             "session_params are not available with tenants: a session can be continued by whoever names it"
         )
+    obj.session_id = None  # names are the whole server's, so one could be another tenant's
     tenant = caller.tenant
     if tenant != SERVER:  # health checks have ids that the scheduler knows
         obj.rid = None  # a chosen one could meet another tenant's, and tell that it runs
     obj.cache_salt = _salts(obj)
-    obj.extra_key = name_of(mark, TENANT, tenant.name)
+    if tenant.name == ANONYMOUS:  # may be anybody: shares with nobody, not with itself either
+        many = isinstance(obj.cache_salt, list)
+        obj.cache_salt = [secrets.token_hex(16) for _ in obj.cache_salt] if many else secrets.token_hex(16)
+    obj.extra_key = extra_key = name_of(mark, TENANT, tenant.name)
     if isinstance(obj.cache_salt, list):
-        obj.extra_key = [obj.extra_key] * len(obj.cache_salt)
+        obj.extra_key = [extra_key] * len(obj.cache_salt)
     obj.priority = _priority(obj.priority, tenant.priority, sign)
-    _write(obj, stamp_of(tenant, tenants, mark, flight))
+    _write(obj, stamp_of(tenant, tenants, mark, flight), extra_key)
 
 
-def stamp_document(obj, extra_key: str, document: str, *, guaranteed: int, forget: bool = False) -> None:
+def stamp_document(obj, extra_key: str, document: str, *, guaranteed: int, revision: int, forget: bool = False) -> None:
     """Make a request one of the server's own, that computes a document in a group's namespace, or drops it.
 
-    guaranteed: tokens of documents that stay pinned.
+    guaranteed: tokens of documents that stay pinned; revision: of the promises in the tenants file.
     """
     obj.extra_key, obj.cache_salt = extra_key, None
-    _write(obj, Stamp(owner_of(extra_key), document=document, guaranteed=guaranteed, forget=forget), kvshare="off")
+    owner = owner_of(extra_key)
+    stamp = Stamp(owner, document=document, guaranteed=guaranteed, forget=forget, revision=revision)
+    _write(obj, stamp, extra_key, kvshare="off")
 
 
 def _salts(obj):
@@ -70,8 +78,9 @@ def _priority(asked: int | None, ceiling: int, sign: int) -> int | None:
     return sign * min(sign * (asked or 0), sign * ceiling) if sign else asked
 
 
-def _write(obj, stamp: Stamp, **more: object) -> None:
+def _write(obj, stamp: Stamp, extra_key: str, **more: object) -> None:
     text = stamp.to_text()
+    more[SEAL_KEY] = seal_of(text, extra_key)
     if isinstance(obj.sampling_params, list):
         obj.sampling_params = [_stamped(params, text, more) for params in obj.sampling_params]
     else:

@@ -44,6 +44,7 @@ for key in ("root", "acme", "globex"):
     print(key, *(answer.status_code for answer in found))
 """
 _FILE = f"""
+unknown = "anonymous"
 [operators]
 keys = ["{hash_of("root")}"]
 [tenants.acme]

@@ -29,7 +29,16 @@ from kvshare_sched.tenants.policy import read
 from kvshare_sched.tenants.quotas import OverQuota
 from kvshare_sched.tenants.reload import TenantsFile
 
-FILE = f"[tenants.acme]\nkeys = ['{hash_of('key')}']\nrequests = 2\n[tenants.globex]\nkeys = ['{hash_of('other')}']"
+FILE = f"""
+unknown = "anonymous"
+[operators]
+keys = ["{hash_of("root")}"]
+[tenants.globex]
+keys = ["{hash_of("other")}"]
+[tenants.acme]
+keys = ["{hash_of("key")}"]
+requests = 2
+"""
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -159,6 +168,25 @@ def test_every_endpoint_runs_as_the_caller_whatever_the_body_says(engine, path, 
     )
 
 
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])
+def test_metrics_are_no_tenants_whatever_the_method(engine, method, monkeypatch, tmp_path):
+    """SGLang mounts them, and a mount does not look at the method."""
+    from fastapi import FastAPI
+    from sglang.srt.utils.common import add_prometheus_middleware
+
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    app = FastAPI()
+    add_prometheus_middleware(app)
+
+    async def ask(key):
+        door = httpx.ASGITransport(app=Middleware(app, engine.edge))
+        async with httpx.AsyncClient(transport=door, base_url="http://test") as client:
+            return (await client.request(method, "/metrics", headers={"x-api-key": key})).status_code
+
+    assert asyncio.run(ask("key")) == asyncio.run(ask("")) == 403
+    assert asyncio.run(ask("root")) == 200
+
+
 @pytest.mark.parametrize(("path", "body"), [("/generate", {"text": ["a"] * 3}), ("/v1/completions", TEXT | {"n": 3})])
 def test_more_than_a_quota_in_one_body_is_the_clients_fault(engine, path, body):
     answer = post(engine, path, body, authorization="Bearer key")
@@ -188,7 +216,7 @@ def starting(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(http_server, "app", app)
     monkeypatch.setattr(hooks, "_edge", None)
     monkeypatch.setenv("KVSHARE_TENANTS_FILE", str(tmp_path / "tenants.toml"))
-    (tmp_path / "tenants.toml").write_text(FILE + "\nguaranteed_donor_tokens = 1000")
+    (tmp_path / "tenants.toml").write_text(FILE + "[tenants.hooli]\nguaranteed_donor_tokens = 1000")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
 
     def args(backend, **more):

@@ -75,7 +75,7 @@ def text(seed: int, length: int = 200) -> np.ndarray:
 
 
 def test_a_guarantee_outlives_eviction_and_the_rest_does_not(world):
-    world.desk.learn(Stamp("acme", guaranteed=300))
+    world.desk.learn(Stamp("acme", guaranteed=300), world.tree)
     world.publish("acme", text(1))
     world.publish("globex", text(2))
     world.evict_everything()
@@ -84,7 +84,7 @@ def test_a_guarantee_outlives_eviction_and_the_rest_does_not(world):
 
 
 def test_a_pin_holds_when_its_node_is_split_and_is_given_back_whole(world):
-    world.desk.learn(Stamp("acme", guaranteed=300))
+    world.desk.learn(Stamp("acme", guaranteed=300), world.tree)
     world.publish("acme", text(1))
     # Another path of the same tenant leaves in the middle of the first, and is too long to be guaranteed.
     world.publish("acme", np.concatenate((text(1)[:100], text(3, 900))))
@@ -97,17 +97,17 @@ def test_a_pin_holds_when_its_node_is_split_and_is_given_back_whole(world):
 
 
 def test_a_growing_donor_is_pinned_anew_and_nothing_leaks(world):
-    world.desk.learn(Stamp("acme", guaranteed=1000))
+    world.desk.learn(Stamp("acme", guaranteed=1000), world.tree)
     for length in (50, 120, 200):
         world.publish("acme", text(1)[:length])
     assert world.cache.protected_size() == 200
-    world.desk.learn(Stamp("acme", guaranteed=0))
+    world.desk.learn(Stamp("acme", guaranteed=0), world.tree)
     world.desk.published("acme", world.index, world.tree)
     assert world.cache.protected_size() == 0 and world.cache.evictable_size() == 200
 
 
 def test_a_flush_takes_the_pins_along(world):
-    world.desk.learn(Stamp("acme", guaranteed=300))
+    world.desk.learn(Stamp("acme", guaranteed=300), world.tree)
     world.publish("acme", text(1))
     world.cache.reset()
     world.index.clear()

@@ -21,6 +21,7 @@ def server():
             came.append((self.command, self.path, self.headers["Authorization"], body))
             refused = body is not None and "bad" in body["name"]
             reply = {"error": {"message": "too long"}} if refused else {"name": "n", "version": 1, "tokens": 5}
+            reply |= {"dropped": "later" not in self.path} if self.command == "DELETE" else {}
             if self.command == "GET":
                 reply = {"documents": [reply | {"group": "g", "resident": True}]}
             self.send_response(413 if refused else 200)
@@ -52,10 +53,10 @@ def test_a_new_key_and_its_hash_belong_together(capsys):
 
 def test_a_file_is_checked(tmp_path, capsys):
     path = tmp_path / "t.toml"
-    path.write_text("[groups.team]\ntrusted = true\n[tenants.acme]\n")
+    path.write_text("unknown = 'reject'\n[groups.team]\ntrusted = true\n[tenants.acme]\n")
     assert main(["tenants", "check", str(path)]) == 0
     assert "1 tenants" in (out := capsys.readouterr().out) and "conversations: team" in out
-    path.write_text("[tenants.acme]\nweight = -1")
+    path.write_text("unknown = 'reject'\n[tenants.acme]\nweight = -1")
     assert main(["tenants", "check", str(path)]) == 1
     assert "tenants.acme.weight" in capsys.readouterr().err
 
@@ -77,6 +78,8 @@ def test_list_and_remove(server, capsys):
     assert main(["documents", "--url", url, "list"]) == main(["documents", "--url", url, "remove", "g", "a b"]) == 0
     assert "5 tokens\tresident" in capsys.readouterr().out
     assert came[1][:2] == ("DELETE", "/kvshare/documents?group=g&name=a+b")
+    assert main(["documents", "--url", url, "remove", "g", "later"]) == 1, "a script must not take it for done"
+    assert "may still lend it" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_said(server, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +13,13 @@ from kvshare_sched.tenants.edge import Edge, Middleware, caller_here
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import SERVER, Caller, hash_of
 from kvshare_sched.tenants.namespaces import name_of, owner_of
-from kvshare_sched.tenants.policy import read
+from kvshare_sched.tenants.policy import read, stamp_of
 from kvshare_sched.tenants.quotas import Flights, OverQuota
 from kvshare_sched.tenants.reload import TenantsFile
 from kvshare_sched.tenants.stamping import requests_in, stamp_request
 
 FILE = f"""
+unknown = "anonymous"
 [operators]
 keys = ["{hash_of("root")}"]
 open = ["/metrics"]
@@ -57,7 +59,7 @@ def body(**values):
 def desk(tmp_path):
     path = tmp_path / "tenants.toml"
     path.write_text(FILE)
-    made = Edge(TenantsFile(str(path), 10_000, 10_000), lambda: "mark")
+    made = Edge(TenantsFile(str(path), 10_000, 10_000, clock=lambda: time.time() + 60), lambda: "mark")
     made.path = path
     return made
 
@@ -104,12 +106,14 @@ def test_tenants_reach_what_serves_and_operators_the_rest(desk):
     assert ask(desk, "/generate", KEY) == (200, "acme"), "what generates needs an identity, open or not"
     assert ask(desk, "/health") == ask(desk, "/metrics") == (200, "(server)")
     assert ask(desk, "/generate", method="OPTIONS") == (200, "(server)")
+    for path in ("/metrics/", "/metrics/x", "/flush_cache", "/nothing"):
+        assert ask(desk, path, method="OPTIONS") == (403, None), "mounts answer any method"
     assert ask(desk, "/v1/realtime", KEY, kind="websocket") == (1008, None)
     assert ask(desk, "/health", kind="websocket") == (1008, None)
 
 
 def test_nobody_is_refused_where_the_file_says_so(desk):
-    desk.path.write_text('unknown = "reject"\n' + FILE)
+    desk.path.write_text(FILE.replace("anonymous", "reject"))
     os.utime(desk.path, (1, 1))
     desk._looked = float("-inf")
     assert ask(desk, "/generate") == (401, None)
@@ -118,7 +122,7 @@ def test_nobody_is_refused_where_the_file_says_so(desk):
 
 
 def test_only_a_starting_servers_loopback_needs_no_key(desk):
-    desk.path.write_text('unknown = "reject"\n' + FILE)
+    desk.path.write_text(FILE.replace("anonymous", "reject"))
     os.utime(desk.path, (1, 1))
     desk._looked, desk.starting = float("-inf"), lambda: True
     assert ask(desk, "/generate", client="127.0.0.1") == (200, "(server)")
@@ -128,6 +132,14 @@ def test_only_a_starting_servers_loopback_needs_no_key(desk):
     assert ask(desk, "/generate", client="127.0.0.1") == (401, None)
     assert ask(desk, "/freeze_gc", client="127.0.0.1") == (200, "(server)"), "the last request of a start"
     assert ask(desk, "/freeze_gc", client="127.0.0.1") == (401, None)
+
+
+def test_a_server_on_one_address_starts_from_there(desk):
+    desk._file.current = parse('unknown = "reject"', "f")
+    made = Edge(desk._file, lambda: "mark", starting=lambda: True, own=hooks._addresses("10.0.0.5"))
+    assert ask(made, "/generate", client="10.0.0.5") == (200, "(server)")
+    assert ask(made, "/generate", client="10.0.0.6") == (401, None)
+    assert hooks._addresses(None) == set() and "127.0.0.1" in hooks._addresses("localhost")
 
 
 def test_a_failure_of_ours_lets_nobody_in(desk, caplog):
@@ -178,6 +190,23 @@ def test_salts_of_one_tenant_divide_it_without_collisions():
     assert len({stamped(extra_key=k, cache_salt=s).cache_salt for k, s in pairs}) == len(pairs)
 
 
+def test_strangers_share_with_nobody_not_even_with_themselves():
+    tenants = parse(FILE, "f")
+
+    def salts(name, **values):
+        obj = body(**values)
+        stamp_request(obj, Caller(tenants.tenants.get(name, tenants.anonymous)), tenants, "mark", 7)
+        return obj.cache_salt if isinstance(obj.cache_salt, list) else [obj.cache_salt]
+
+    bodies = [{"text": "x"}, {"text": "x"}, {"cache_salt": "s"}, {"cache_salt": "s"}, {"extra_key": ["a", "a"]}]
+    found = [salt for values in bodies for salt in salts("nobody", **values)]
+    assert len(set(found)) == 6 and None not in found
+    assert salts("acme", cache_salt="s") == salts("acme", cache_salt="s"), (
+        "the control: a tenant does share with itself"
+    )
+    assert stamp_of(tenants.anonymous, tenants, "mark", 0).donor_tokens == 0, "so nothing of them is worth keeping"
+
+
 def test_a_batch_in_one_body_is_stamped_throughout():
     obj = stamped(text=["x", "y"], extra_key=["a", ""], cache_salt="s", sampling_params=[{"n": 1}, {}])
     assert obj.extra_key == [OWN, OWN] and len(set(obj.cache_salt)) == 2
@@ -220,6 +249,10 @@ def test_ids_are_the_servers(desk):
 def test_what_cannot_be_stamped_is_refused_as_the_clients_fault(values):
     with pytest.raises(ValueError):
         stamped(**values)
+
+
+def test_a_session_named_beside_the_parameters_is_dropped():
+    assert stamped(session_id="another's").session_id is None
 
 
 def test_priorities_end_at_the_ceiling():
@@ -272,12 +305,12 @@ def drive(desk, obj, headers=(KEY,), tokens=10, answers=2, fail=None, stop_after
     async def original(manager, obj, request):
         engine.append(obj)
         params = SimpleNamespace(**{"max_new_tokens": 4, **{k: v for k, v in obj.sampling_params.items()}})
-        sent = SimpleNamespace(sampling_params=params, input_ids=[1] * tokens)
+        sent = SimpleNamespace(sampling_params=params, input_ids=[1] * tokens, input_embeds=None)
 
         async def send(manager, tokenized):
             return None
 
-        await hooks.send_one(send, manager, sent)
+        await hooks.send_one(send, SimpleNamespace(context_len=200), sent)
         came.append(dict(desk.flights.tokens))
         for n in range(answers):
             if fail is not None:
@@ -334,6 +367,39 @@ def test_a_handler_that_takes_one_answer_and_no_more_gives_the_count_back(desk):
     finally:
         hooks._edge = None
     assert not desk.flights.requests
+
+
+def test_an_answer_without_a_limit_counts_as_what_the_context_leaves(desk):
+    for asked in (None, 10**9):
+        desk._file.current = parse(FILE.replace("tokens = 100", "tokens = 200"), "f")
+        assert drive(desk, body(text="x", sampling_params={"max_new_tokens": asked}))[1][0] == {"acme": 200}
+        desk._file.current = parse(FILE.replace("tokens = 100", "tokens = 199"), "f")
+        with pytest.raises(OverQuota):
+            drive(desk, body(text="x", sampling_params={"max_new_tokens": asked}))
+
+
+def test_a_body_that_comes_late_has_the_rights_of_now(desk):
+    """The headers were read under an older file."""
+
+    async def original(manager, obj, request):
+        yield read(obj.sampling_params["custom_params"])
+
+    async def once(caller):
+        caller_here.set(caller)
+        return [answer async for answer in hooks.generate_request(original, None, body(text="x"))]
+
+    before, stranger = (Caller(tenant) for tenant in (desk.tenants().tenants["acme"], desk.tenants().anonymous))
+    desk._file.current = parse(FILE.replace('groups = ["handbook"]', ""), "f")
+    hooks._edge = desk
+    try:
+        assert asyncio.run(once(before))[0].lenders == ()
+        desk._file.current = parse('unknown = "reject"', "f")
+        for caller in (before, stranger):
+            with pytest.raises(ValueError, match="no longer served"):
+                asyncio.run(once(caller))
+        assert asyncio.run(once(Caller(SERVER)))[0].tenant == "(server)", "the control: nothing to renew"
+    finally:
+        hooks._edge = None
 
 
 def test_a_full_tenant_is_told_at_the_door(desk):

@@ -1,12 +1,14 @@
 """The tenants file: what it accepts, what it says about what it does not, and that a bad edit changes nothing."""
 
 import os
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_sched.errors import ConfigError
+from kvshare_sched.tenants import reload
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import hash_of
 from kvshare_sched.tenants.reload import TenantsFile
@@ -54,9 +56,17 @@ def test_everything_is_read():
     assert found.open_paths == {"/metrics"} and found.promised == 3000
 
 
-def test_an_empty_file_knows_nobody_and_shares_nothing():
-    found = parse("", "f")
+def test_a_file_that_declares_nothing_knows_nobody_and_shares_nothing():
+    found = parse("unknown = 'anonymous'", "f")
     assert not found.tenants and not found.groups and found.anonymous.groups == () and found.promised == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# emptied", "[tenants.acme]", GOOD.split("[gateway]")[1].join(["[gateway]", ""])]
+)
+def test_a_file_without_its_first_line_opens_no_server(text):
+    with pytest.raises(ConfigError, match="unknown = 'None'"):
+        parse(text, "f")
 
 
 @pytest.mark.parametrize(
@@ -86,12 +96,15 @@ def test_an_empty_file_knows_nobody_and_shares_nothing():
         ("[gateway]\nheader = 'x-t'", ("gateway.keys", "anybody could set the header")),
         ("[operators]\nopen = ['metrics']", ("operators.open", "'metrics'", "begin with /")),
         ("[anonymous]\nkeys = []", ("anonymous.keys is not known",)),
+        ("[anonymous]\ndonor_tokens = 5", ("anonymous.donor_tokens is not known",)),
+        ("x = " + "9" * 5000, ("not readable as TOML",)),
+        ("x = " + "[" * 100_000, ("not readable as TOML",)),
         ("[tenants", ("not readable as TOML",)),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place_and_what_is_accepted(text, said):
     with pytest.raises(ConfigError) as caught:
-        parse(text, "tenants.toml")
+        parse(text if text.startswith("unknown") else f"unknown = 'reject'\n{text}", "tenants.toml")
     assert "tenants.toml" in str(caught.value)
     for part in said:
         assert part in str(caught.value)
@@ -99,7 +112,7 @@ def test_what_is_wrong_is_said_with_its_place_and_what_is_accepted(text, said):
 
 def test_a_key_in_the_clear_is_refused_and_not_repeated():
     with pytest.raises(ConfigError) as caught:
-        parse("[tenants.acme]\nkeys = ['my-secret-key']", "f")
+        parse("unknown = 'reject'\n[tenants.acme]\nkeys = ['my-secret-key']", "f")
     assert "tenants.acme.keys" in str(caught.value) and "secret" not in str(caught.value)
 
 
@@ -147,28 +160,86 @@ def test_more_promised_than_there_is_room_for_is_refused():
 
 # ---- read again ----
 
-
-def write(path, text, age):
-    path.write_text(text)
-    os.utime(path, (age, age))  # dates apart, however fast the test runs
+FIRST = "unknown = 'reject'\n"
 
 
-def test_an_edit_is_read_and_a_bad_one_changes_nothing(tmp_path, caplog):
-    path = tmp_path / "tenants.toml"
-    write(path, "[tenants.acme]", 1000)
-    file = TenantsFile(str(path), 10_000, 10_000)
-    before = file.poll()
+class Edits:
+    """A file and the clock that its reader sees."""
+
+    def __init__(self, folder):
+        self.path, self.ahead = folder / "tenants.toml", 60.0
+        self.write("[tenants.acme]")
+        self.file = TenantsFile(str(self.path), 10_000, 10_000, clock=lambda: time.time() + self.ahead)
+
+    def write(self, text, first=FIRST):
+        self.path.write_text(first + text)
+
+
+@pytest.fixture
+def edits(tmp_path):
+    return Edits(tmp_path)
+
+
+def test_an_edit_is_read_and_a_bad_one_changes_nothing(edits, caplog):
+    file, before = edits.file, edits.file.poll()
     assert file.poll() is before, "an unchanged file is not read again"
-    write(path, "[tenants.acme]\nweight = -1", 2000)
+    edits.write("[tenants.acme]\nweight = -1")
     assert file.poll() is before and "tenants.acme.weight" in caplog.text
     caplog.clear()
     assert file.poll() is before and not caplog.text, "said once"
-    write(path, "[tenants.acme]\nguaranteed_donor_tokens = 9000", 3000)
+    edits.write("[tenants.acme]\nguaranteed_donor_tokens = 9000")
     assert file.poll() is before and "sum up to 9000" in caplog.text
-    write(path, "[tenants.acme]\n[tenants.globex]", 4000)
+    edits.write("[tenants.acme]\n[tenants.globex]")
     assert set(file.poll().tenants) == {"acme", "globex"}
-    path.unlink()
-    assert set(file.poll().tenants) == {"acme", "globex"} and "cannot be read" in caplog.text
+    edits.path.unlink()
+    for _ in range(2):
+        assert set(file.poll().tenants) == {"acme", "globex"}
+    assert caplog.text.count("cannot be read") == 1
+
+
+def test_a_file_that_is_being_written_waits(edits, monkeypatch):
+    edits.write("[tenants.globex]")
+    edits.ahead = 0.0
+    assert set(edits.file.poll().tenants) == {"acme"}, "changed a moment ago"
+    edits.ahead = 60.0
+    read = reload.read
+
+    def slow(path):
+        found = read(path)
+        edits.write("[tenants.globex]\n[tenants.hooli]")
+        monkeypatch.setattr(reload, "read", read)
+        return found
+
+    monkeypatch.setattr(reload, "read", slow)
+    assert set(edits.file.poll().tenants) == {"acme"}, "changed while it was read"
+    assert set(edits.file.poll().tenants) == {"globex", "hooli"}
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(edits, monkeypatch):
+    edits.write("[tenants.globex]")
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", lambda *a, **k: (_ for _ in ()).throw(OSError("too many open files")))
+        assert set(edits.file.poll().tenants) == {"acme"}
+    assert set(edits.file.poll().tenants) == {"globex"}, "its date has not changed"
+
+
+def test_a_file_with_the_date_and_size_of_the_old_one_is_read(edits):
+    edits.write("[tenants.acme]")
+    os.utime(edits.path, (1000, 1000))
+    edits.file.poll()
+    with open(edits.path, "r+") as file:
+        file.write(FIRST + "[tenants.emca]")
+    os.utime(edits.path, (1000, 1000))
+    assert set(edits.file.poll().tenants) == {"emca"}
+
+
+def test_other_promises_are_another_revision(edits):
+    def revision(text):
+        edits.write(text)
+        return edits.file.poll().revision
+
+    kept = "[tenants.acme]\nguaranteed_donor_tokens = 9"
+    assert [revision(text) for text in (kept, kept + "\nweight = 2", "[tenants.acme]", "[groups.team]")] == [1, 1, 2, 3]
 
 
 def test_a_bad_file_is_refused_at_start(tmp_path):
@@ -179,7 +250,7 @@ def test_a_bad_file_is_refused_at_start(tmp_path):
 def test_a_trusted_group_is_announced_loudly(tmp_path, caplog):
     path = tmp_path / "tenants.toml"
     path.write_text(
-        "[groups.team]\ntrusted = true\n[tenants.acme]\ngroups = ['team']\n[tenants.globex]\ngroups = ['team']"
+        FIRST + "[groups.team]\ntrusted = true\n[tenants.acme]\ngroups = ['team']\n[tenants.globex]\ngroups = ['team']"
     )
     TenantsFile(str(path), 1, 1)
     loud = [record for record in caplog.records if record.levelname == "WARNING"]

@@ -11,6 +11,7 @@ from kvshare_sched.tenants.identity import OPERATORS, Caller, Refusal, hash_of, 
 from kvshare_sched.tenants.namespaces import engine_mark, frame, name_of, owner_of, unframe, within
 
 FILE = f"""
+unknown = "anonymous"
 [gateway]
 header = "x-tenant"
 keys = ["{hash_of("gateway-key")}"]
@@ -21,7 +22,7 @@ keys = ["{hash_of("acme-key")}", "{hash_of("acme-second")}"]
 [tenants.globex]
 keys = ["{hash_of("globex-key")}"]
 """
-OPEN, CLOSED = parse(FILE, "f"), parse('unknown = "reject"\n' + FILE, "f")
+OPEN, CLOSED = parse(FILE, "f"), parse(FILE.replace("anonymous", "reject"), "f")
 
 
 def who(*headers, tenants=OPEN):
@@ -152,6 +153,15 @@ def test_owners_of_namespaces():
     assert owner_of(name_of("m", "documents", "handbook")) == "documents:handbook"
     for other in (None, "", "acme", "7:kvshare", "7:kvshare1:m", frame("kvshare", "m", "else", "acme"), "7:kvshare9:x"):
         assert owner_of(other) == (other or "")
+
+
+def test_long_keys_of_clients_are_not_remembered():
+    from kvshare_sched.tenants.namespaces import _owner_of
+
+    _owner_of.cache_clear()
+    assert owner_of("k" * 10_000) == "k" * 10_000 and _owner_of.cache_info().currsize == 0
+    assert owner_of(name_of("0" * 16, "documents", "g" * 64)) == "documents:" + "g" * 64
+    assert _owner_of.cache_info().currsize == 1
 
 
 def test_the_mark_changes_with_everything_in_it():

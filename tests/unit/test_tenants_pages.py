@@ -17,6 +17,7 @@ from kvshare_sched.tenants.namespaces import name_of, within
 from kvshare_sched.tenants.reload import TenantsFile
 
 FILE = f"""
+unknown = "anonymous"
 [operators]
 keys = ["{hash_of("root")}"]
 [tenants.acme]
@@ -93,7 +94,7 @@ def test_everything_else_is_for_operators(client, path):
 
 
 def test_without_a_known_key_nothing_is_told_where_the_file_says_so(client, edge):
-    edge._file.current = parse('unknown = "reject"\n' + FILE, "f")
+    edge._file.current = parse(FILE.replace("anonymous", "reject"), "f")
     assert client.get("/kvshare/requests/a1").status_code == client.get("/kvshare/").status_code == 401
 
 

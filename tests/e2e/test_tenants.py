@@ -13,6 +13,7 @@ import pytest
 import requests
 from harness import chat, sections, settled
 
+from kvshare_sched import model
 from kvshare_sched.client import Client, kl_divergence
 from kvshare_sched.tenants.identity import hash_of
 
@@ -92,7 +93,7 @@ ENDPOINTS = {
         "/v1/chat/completions",
         lambda p: {"model": "m", "messages": [{"role": "user", "content": p}], "max_tokens": 1},
     ),
-    "responses": ("/v1/responses", lambda p: {"model": "m", "input": p, "max_output_tokens": 1}),
+    "responses": ("/v1/responses", lambda p: {"model": str(model.prepare()), "input": p, "max_output_tokens": 16}),
     "messages": (
         "/v1/messages",
         lambda p: {"model": "m", "messages": [{"role": "user", "content": p}], "max_tokens": 1},
@@ -288,7 +289,8 @@ def test_a_flood_leaves_guaranteed_donors_in_place(server):
 def test_an_edit_counts_without_restart_and_a_bad_one_does_not(server):
     def edit(text: str, age: int) -> None:
         FILE.write_text(text)
-        os.utime(FILE, (time.time() + age, time.time() + age))
+        stamp = time.time() - 100 + age  # a file still being written is not read
+        os.utime(FILE, (stamp, stamp))
         time.sleep(1.2)
 
     edit(TEXT.replace('unknown = "reject"', 'unknown = "anonymous"'), 10)

@@ -18,7 +18,7 @@ from kvshare_sched.audit import tenant_of
 from kvshare_sched.peek import Peek, Prompt
 from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.order import Waiting
-from kvshare_sched.scheduling.queue import Order, Queue
+from kvshare_sched.scheduling.queue import Order, Queue, room_beside
 from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of, stamp_of, takes_part
 
 logger = logging.getLogger(__name__)
@@ -168,14 +168,12 @@ class ServerQueue:
         return order
 
     def _room(self) -> float:
-        """Tokens beside the next chunk of the long prompt; 0 without one, and when that chunk is its last."""
+        """Tokens that others may have beside the long prompt; 0 without one."""
         long = self._long
-        if (
-            long is None
-            or self._work_between(long, long.extend_end, len(long.full_untruncated_fill_ids)) <= self._chunk
-        ):
+        if long is None:
             return 0.0
-        return self._chunk / 2
+        left = self._work_between(long, long.extend_end, len(long.full_untruncated_fill_ids))
+        return room_beside(left, self._chunk)
 
     def _look(self) -> None:
         """What requests still cost and what the running ones still compute. Who cannot be read keeps its full price."""

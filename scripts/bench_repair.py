@@ -21,9 +21,9 @@ import statistics
 from pathlib import Path
 
 from kvshare_sched import model, server
-from kvshare_sched.client import Client
+from kvshare_sched.client import Client, kl_divergence
 from kvshare_sched.demo import library, prompt_of
-from kvshare_sched.evaluation.forced import decoded, divergence
+from kvshare_sched.evaluation.forced import decoded
 
 PLAIN = "plain"
 SETTINGS = {
@@ -91,8 +91,8 @@ class Bench:
                 namespace = f"{strategy} {name} {number}"
                 self.client.generate(donor, new_tokens=1, namespace=namespace)
                 reuse = {"strategy": strategy, **SETTINGS[name]}
-                kl = divergence(reference, decoded(self.client, prompt, full, namespace, reuse, file))
-                found[f"{strategy}, {name}"] = [float(kl[a:b].mean()) for a, b in PARTS]
+                heard = decoded(self.client, prompt, full, namespace, reuse, file)
+                found[f"{strategy}, {name}"] = [kl_divergence(reference[a:b], heard[a:b]) for a, b in PARTS]
                 print(f"case {number} {strategy}, {name}: {[round(x, 5) for x in found[f'{strategy}, {name}']]}")
         file.unlink()
         return found

@@ -57,9 +57,3 @@ def decoded(client: Client, prompt: list[int], answer: list[int], namespace: str
     if reuse and report.get("outcome") != "reused":
         raise RuntimeError(f"expected an answer with reuse; the server reported {report}")
     return np.fromfile(file, np.float32).reshape(len(answer), -1)
-
-
-def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(reference || other) in nats a position, float64 [n], from log-probabilities [n, vocabulary] of all ids."""
-    p, q = reference.astype(np.float64), other.astype(np.float64)
-    return (np.exp(p) * (p - q)).sum(axis=1)

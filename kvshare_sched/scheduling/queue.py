@@ -27,6 +27,11 @@ _BEHIND = 4  # whom a pass delays for each of those who wait: them, and those ye
 _NOTHING = Texts()
 
 
+def room_beside(left: float, chunk: float) -> float:
+    """Tokens that others may have beside the next piece of a long prompt with `left` to do; its last makes no room."""
+    return chunk / 2 if left > chunk else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """`ready`: who should start, in this order. The others must not start in this pass."""
@@ -192,8 +197,7 @@ class Queue:
     def order(self, room: float = 0.0) -> Order:
         """The order of this pass; the same object as long as nothing has happened.
 
-        room: with a long prompt half done, the tokens left beside its next chunk; what does not fit comes last. 0: no
-        such prompt, or its last chunk.
+        room: see `room_beside`; what does not fit comes last. 0: no long prompt is half done.
         """
         self._started = 0
         if (

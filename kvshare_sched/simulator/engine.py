@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.scheduling.duplicates import Texts
 from kvshare_sched.scheduling.order import Waiting
-from kvshare_sched.scheduling.queue import Queue
+from kvshare_sched.scheduling.queue import Queue, room_beside
 from kvshare_sched.simulator.cache import Cache, Found
 from kvshare_sched.simulator.profile import Profile
 from kvshare_sched.simulator.traffic import Request
@@ -139,9 +139,10 @@ class Engine:
         self._look_again()
         profile, budget, batch = self.profile, self.profile.chunk, []
         long = self._long
-        order = self.queue.order(budget / 2 if long is not None and long.rows - long.ran > budget else 0.0)
+        left = long.rows - long.ran if long is not None else 0.0
+        order = self.queue.order(room_beside(left, budget))
         if long is not None:
-            piece = min(long.rows - long.ran, self.queue.chunk(long.rows - long.ran, budget))
+            piece = min(left, self.queue.chunk(left, budget))
             self.queue.charge(long.rid, piece)
             batch.append((long, piece))
             budget -= piece

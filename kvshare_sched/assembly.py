@@ -18,7 +18,8 @@ import torch
 
 from kvshare_kernels import Donors, blend, copy_rotate, fit, key_spread, rotation_rows
 from kvshare_sched.evidence import Chunk, Witness, by_head
-from kvshare_sched.pipeline import Pipeline, Session
+from kvshare_sched.pipeline import Pipeline
+from kvshare_sched.session import Session
 from kvshare_sched.types import Segment
 
 # Spread a compared layer, taken for the start of a text with one donor in a foreign context: some twice the usual one

@@ -102,7 +102,7 @@ class Auditor:
     # ---- a client's request ----
 
     def begun(self, session) -> None:
-        """A `pipeline.Session` was admitted: decide whether to audit it."""
+        """A `session.Session` was admitted: decide whether to audit it."""
         if self.share == 0 or self.owns(session.rid):
             return
         if session.reason is Reason.RETRACTED:

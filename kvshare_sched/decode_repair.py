@@ -20,7 +20,8 @@ import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 
 from kvshare_sched.evidence import Witness
-from kvshare_sched.pipeline import Pipeline, Session
+from kvshare_sched.pipeline import Pipeline
+from kvshare_sched.session import Session
 
 logger = logging.getLogger(__name__)
 

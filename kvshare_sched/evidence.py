@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kvshare_kernels import attention_column_mass, token_deviation
-from kvshare_sched.pipeline import Session
+from kvshare_sched.session import Session
 from kvshare_sched.strategies.base import Check, Evidence
 
 # Deviation below this share of the value's own norm is arithmetic noise: such a token is not worth a row.

@@ -31,7 +31,7 @@ WHY = {
 
 
 def details(session, namespace: Namespace, index) -> dict:
-    """What the report leaves out, as plain JSON types. session: `pipeline.Session`; index: SegmentIndex.
+    """What the report leaves out, as plain JSON types. session: `session.Session`; index: SegmentIndex.
 
     A donor of another namespace, or one that has left, is not named: only how foreign its context was. What was found
     in another tenant's conversations is not told at all: the runs are those of the plan that the report tells of.

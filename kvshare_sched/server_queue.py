@@ -252,7 +252,7 @@ class ServerQueue:
         if session is None or session.plan is None:
             return end - start
         copied = sum(place.length for s in session.plan.clip(start, end) for place in s.places)
-        return self._pipeline.charge(session, start, end) + self._peek.copy_price * copied
+        return session.charge(start, end, self._pipeline.costs) + self._peek.copy_price * copied
 
     def _has_room(self, req, adder) -> bool:
         from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS

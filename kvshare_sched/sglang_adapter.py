@@ -174,7 +174,7 @@ def _fits_whole(pipeline, session, adder, req) -> bool:
     budget = adder.rem_chunk_tokens
     if budget is None:
         return True
-    saved = whole - start - pipeline.charge(session, start, whole)
+    saved = whole - start - session.charge(start, whole, pipeline.costs)
     return adder.ceil_paged_tokens(whole - start) <= budget + saved
 
 
@@ -192,15 +192,15 @@ def _charged(original, pipeline, session, adder, req, budget, *args, **kwargs):
     start, whole = req.prefix_len, len(req.full_untruncated_fill_ids)
     saved = 0
     if session.plan is not None:
-        end = whole if budget is None else pipeline.end_for_budget(session, start, max(0, budget), whole)
-        saved = end - start - pipeline.charge(session, start, end)
+        end = whole if budget is None else session.end_for_budget(start, max(0, budget), whole, pipeline.costs)
+        saved = end - start - session.charge(start, end, pipeline.costs)
     _raise_budget(adder, saved)
     before = len(adder.can_run_list)
     result = original(adder, req, *args, **kwargs)
     admitted = len(adder.can_run_list) > before and adder.can_run_list[-1] is req
     spent = 0
     if admitted and session.plan is not None:
-        spent = req.extend_len - pipeline.charge(session, start, req.extend_end)
+        spent = req.extend_len - session.charge(start, req.extend_end, pipeline.costs)
     _raise_budget(adder, spent - saved)  # what SGLang cut off, or everything when nothing was admitted
     return result, admitted
 

@@ -138,6 +138,11 @@ class ReusePlan:
         """Tokens read from donors; more than reused where several donors stand in together."""
         return sum(place.length for s in self.segments for place in s.places)
 
+    @property
+    def donor_ids(self) -> set[int]:
+        """Whose KV is read."""
+        return {place.donor_id for s in self.segments for place in s.places}
+
     def doubtful_len(self, start: int, end: int) -> float:
         """Reused tokens inside [start, end), each counted by how much of its left context is foreign.
 

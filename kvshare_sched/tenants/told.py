@@ -38,7 +38,7 @@ def told(
         reused=planned.reused_len,
         fresh=planned.fresh_len,
         recomputed=min(planned.reused_len, max(0, rows[-1] - planned.fresh_len)),
-        donors=len({place.donor_id for segment in planned.segments for place in segment.places}),
+        donors=len(planned.donor_ids),
         computed_cells=sum(rows),
         **{"expected_cells": sum(rows), "expected_s": saved_s, "saved_s": saved_s},
     )

@@ -50,6 +50,7 @@ LAYERS = (
     {"kvshare_sched.simulator.report"},
     {"kvshare_sched.strategies.blend", "kvshare_sched.strategies.consensus", "kvshare_sched.strategies.controls"},
     {"kvshare_sched.repair"},
+    {"kvshare_sched.session", "kvshare_sched.lending"},
     {"kvshare_sched.pipeline"},
     {"kvshare_sched.peek"},
     {"kvshare_sched.evidence"},

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_sched.config import KVShareConfig
-from kvshare_sched.pipeline import Pipeline, Session
 from kvshare_sched.planner import CostModel, build_plan, expected_cells, rows_per_layer
+from kvshare_sched.session import Session
 from kvshare_sched.strategies import get, names
 from kvshare_sched.types import Namespace, Reason, RequestView, ReusePlan, Segment
 
@@ -102,30 +102,30 @@ def test_rows_never_grow_with_depth_and_never_exceed_ordinary(plan, config, laye
     assert expected_cells(plan, strategy, config, layers) == sum(rows)
 
 
-def pipeline_for(config, layers) -> Pipeline:
-    return Pipeline(config, tree=None, costs=CostModel(1.0, 0.0, 0.0, layers))
+def costs_of(layers) -> CostModel:
+    return CostModel(1.0, 0.0, 0.0, layers)
 
 
 @given(plans(), configs, layer_counts, st.data())
 def test_charge_grows_with_the_chunk_and_stays_below_ordinary(plan, config, layers, data):
-    pipeline = pipeline_for(config, layers)
+    costs = costs_of(layers)
     session = Session("r", plan.prompt_len, plan.exact_len, config, plan, Reason.NONE)
     ordinary = Session("o", plan.prompt_len, plan.exact_len, config, None, Reason.NO_MATCH)
     start = data.draw(st.integers(plan.exact_len, plan.prompt_len))
-    charges = [pipeline.charge(session, start, end) for end in range(start, plan.prompt_len + 1)]
+    charges = [session.charge(start, end, costs) for end in range(start, plan.prompt_len + 1)]
     assert charges[0] == 0 and charges == sorted(charges)
     for end, charge in enumerate(charges, start):
-        assert charge <= end - start == pipeline.charge(ordinary, start, end)
+        assert charge <= end - start == ordinary.charge(start, end, costs)
 
 
 @given(plans(), configs, layer_counts, st.data())
 def test_chunk_end_is_the_largest_within_the_budget(plan, config, layers, data):
-    pipeline = pipeline_for(config, layers)
+    costs = costs_of(layers)
     session = Session("r", plan.prompt_len, plan.exact_len, config, plan, Reason.NONE)
     start = data.draw(st.integers(plan.exact_len, plan.prompt_len))
     whole = data.draw(st.integers(start, plan.prompt_len))
     budget = data.draw(st.integers(0, plan.prompt_len))
-    end = pipeline.end_for_budget(session, start, budget, whole)
-    assert start <= end <= whole and pipeline.charge(session, start, end) <= budget
-    assert end == whole or pipeline.charge(session, start, end + 1) > budget
+    end = session.end_for_budget(start, budget, whole, costs)
+    assert start <= end <= whole and session.charge(start, end, costs) <= budget
+    assert end == whole or session.charge(start, end + 1, costs) > budget
     assert end >= min(whole, start + budget)  # never fewer tokens than ordinary prefill would get

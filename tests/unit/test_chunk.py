@@ -5,7 +5,7 @@ import pytest
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.evidence import Chunk
-from kvshare_sched.pipeline import Session
+from kvshare_sched.session import Session
 from kvshare_sched.types import Reason, ReusePlan, Segment
 
 # 200 tokens: 10 fresh, 150 of a donor whose left context is foreign, 40 fresh.

@@ -18,7 +18,7 @@ def world():
 
 def explained(world, session, namespace=HERE) -> dict:
     details = explain.details(session, namespace, world.pipeline.index)
-    report = world.pipeline.report_of(session).to_json()
+    report = session.report(COSTS).to_json()
     return {"rid": session.rid, "report": report, "details": details}
 
 

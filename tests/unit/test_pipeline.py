@@ -73,7 +73,7 @@ def world():
 
 
 def test_match_finds_both_passages(world):
-    found = world.pipeline.match(world.view())
+    found = world.pipeline.lending.match(world.view())
     assert [(s.donor_id, s.donor_start, s.start, s.length) for s in found] == [
         (world.donors[0], 5, 10, 100),
         (world.donors[1], 5, 130, 100),
@@ -83,59 +83,59 @@ def test_match_finds_both_passages(world):
 def test_match_touches_nothing_and_remembers(world):
     lookups = world.count_lookups()
     order = list(world.pipeline.index.donors)
-    first = world.pipeline.match(world.view())
-    assert all(world.pipeline.match(world.view()) == first for _ in range(5)) and len(lookups) == 1
+    first = world.pipeline.lending.match(world.view())
+    assert all(world.pipeline.lending.match(world.view()) == first for _ in range(5)) and len(lookups) == 1
     assert set(world.tree.calls) == {"live_len"} and world.tree.active == 0
     assert list(world.pipeline.index.donors) == order and world.pipeline.sessions == {}
 
 
 def test_match_looks_again_when_the_index_or_the_exact_prefix_changed(world):
     lookups = world.count_lookups()
-    world.pipeline.match(world.view())
+    world.pipeline.lending.match(world.view())
     world.donate(3)
-    world.pipeline.match(world.view())
-    assert [s.start for s in world.pipeline.match(world.view(exact_len=60))] == [60, 130]
+    world.pipeline.lending.match(world.view())
+    assert [s.start for s in world.pipeline.lending.match(world.view(exact_len=60))] == [60, 130]
     assert len(lookups) == 3
 
 
 def test_match_of_another_request_under_the_same_id_looks_again(world):
     theirs = np.concatenate((text(20, 120), text(1), text(21, 25)))
     assert len(theirs) == len(PROMPT)
-    world.pipeline.match(world.view())
-    assert [s.start for s in world.pipeline.match(world.view(tokens=theirs))] == [120]
-    assert world.pipeline.match(world.view(namespace=Namespace("there"))) == ()
-    assert [s.end for s in world.pipeline.match(world.view(fresh_from=60))] == [60]
+    world.pipeline.lending.match(world.view())
+    assert [s.start for s in world.pipeline.lending.match(world.view(tokens=theirs))] == [120]
+    assert world.pipeline.lending.match(world.view(namespace=Namespace("there"))) == ()
+    assert [s.end for s in world.pipeline.lending.match(world.view(fresh_from=60))] == [60]
 
 
 def test_forgets_what_it_remembered_on_release(world):
     lookups = world.count_lookups()
-    world.pipeline.match(world.view())
+    world.pipeline.lending.match(world.view())
     world.pipeline.release("r")
-    world.pipeline.match(world.view())
+    world.pipeline.lending.match(world.view())
     assert len(lookups) == 2
 
 
 def test_memory_of_lookups_is_bounded(world, monkeypatch):
-    monkeypatch.setattr("kvshare_sched.pipeline._MEMO_SIZE", 3)
+    monkeypatch.setattr("kvshare_sched.lending._MEMO_SIZE", 3)
     lookups = world.count_lookups()
     for i in range(5):
-        world.pipeline.match(world.view(f"r{i}"))
-    world.pipeline.match(world.view("r4"))
+        world.pipeline.lending.match(world.view(f"r{i}"))
+    world.pipeline.lending.match(world.view("r4"))
     assert len(lookups) == 5
-    world.pipeline.match(world.view("r0"))
+    world.pipeline.lending.match(world.view("r0"))
     assert len(lookups) == 6
 
 
 def test_evicted_donor_is_shortened_and_the_rest_matched_again(world):
     world.tree.evict(world.donors[0], 55)
-    found = world.pipeline.match(world.view())
+    found = world.pipeline.lending.match(world.view())
     assert [(s.start, s.length) for s in found] == [(10, 50), (130, 100)]
     assert len(world.pipeline.index.donors[world.donors[0]].tokens) == 55
 
 
 def test_donor_that_is_gone_leaves_the_index(world):
     world.tree.evict(world.donors[0], 0)
-    assert [s.start for s in world.pipeline.match(world.view())] == [130]
+    assert [s.start for s in world.pipeline.lending.match(world.view())] == [130]
     assert list(world.pipeline.index.donors) == [world.donors[1]]
 
 
@@ -144,7 +144,7 @@ def test_gives_up_when_one_donor_after_another_is_dead(world):
         world.pipeline.index.add(HERE, np.concatenate((text(60 + _, 5 + _), text(1))))
     for donor in list(world.pipeline.index.donors):
         world.tree.evict(donor, 0)
-    assert world.pipeline.match(world.view()) == ()
+    assert world.pipeline.lending.match(world.view()) == ()
 
 
 # ---- admit, begin, withdraw ----
@@ -240,7 +240,7 @@ def test_failing_lease_leaves_no_pin_behind(world, broken):
 
 
 def test_anything_unexpected_means_ordinary_prefill(world, monkeypatch, caplog):
-    monkeypatch.setattr("kvshare_sched.pipeline.find_segments", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("kvshare_sched.lending.find_segments", lambda *a, **k: 1 / 0)
     session = world.begin()
     assert (session.plan, session.outcome, session.reason) == (None, Outcome.ORDINARY, Reason.ERROR)
     assert world.tree.active == 0 and "request r" in caplog.text
@@ -274,16 +274,16 @@ def test_leases_end_with_the_last_reused_chunk(world):
 
 def test_charge_is_what_runs(world):
     session = world.begin()
-    assert world.pipeline.charge(session, 0, 10) == 10
+    assert session.charge(0, 10, COSTS) == 10
     # All 65 rows on two layers, 10 fresh and 8 forced ones on the other two: 41.5 tokens, rounded up.
-    assert world.pipeline.charge(session, 0, 65) == 42
-    assert world.pipeline.charge(session, 0, 245) == (245 + 45 + 20) / 2
-    assert world.pipeline.charge(world.begin("other", text(33, 200)), 0, 200) == 200
+    assert session.charge(0, 65, COSTS) == 42
+    assert session.charge(0, 245, COSTS) == (245 + 45 + 20) / 2
+    assert world.begin("other", text(33, 200)).charge(0, 200, COSTS) == 200
 
 
 def test_consensus_charges_a_first_pass_over_text_with_one_donor(world):
     # 45 fresh and 20 chosen rows on all four layers, the fresh ones once more on the first.
-    assert world.pipeline.charge(world.begin(wishes={"strategy": "consensus"}), 0, 245) == -(-(4 * 65 + 45) // 4)
+    assert world.begin(wishes={"strategy": "consensus"}).charge(0, 245, COSTS) == -(-(4 * 65 + 45) // 4)
 
 
 def test_consensus_pins_every_donor_and_needs_no_first_pass_where_half_the_text_has_several(world):
@@ -292,16 +292,16 @@ def test_consensus_pins_every_donor_and_needs_no_first_pass_where_half_the_text_
     first, second = session.plan.segments
     assert [o.donor_id for o in first.others] == [again if first.donor_id == world.donors[0] else world.donors[0]]
     assert second.others == () and set(session.leases) == {*world.donors, again} and world.tree.active == 3
-    assert world.pipeline.report_of(session).donors == 3 and session.plan.copied_len == 300
-    assert world.pipeline.charge(session, 0, 245) == 65
+    assert session.report(COSTS).donors == 3 and session.plan.copied_len == 300
+    assert session.charge(0, 245, COSTS) == 65
 
 
 @pytest.mark.parametrize("budget", [0, 1, 9, 10, 50, 100, 160, 400])
 def test_chunk_end_is_the_largest_within_the_budget(world, budget):
     session = world.begin()
-    end = world.pipeline.end_for_budget(session, 0, budget, 245)
-    assert world.pipeline.charge(session, 0, end) <= budget
-    assert end == 245 or world.pipeline.charge(session, 0, end + 1) > budget
+    end = session.end_for_budget(0, budget, 245, COSTS)
+    assert session.charge(0, end, COSTS) <= budget
+    assert end == 245 or session.charge(0, end + 1, COSTS) > budget
 
 
 def test_report_comes_once_after_the_last_chunk(world):
@@ -345,7 +345,7 @@ def test_executor_failure_in_the_first_chunk(world):
         0,
         245,
     )
-    assert world.tree.active == 0 and world.pipeline.charge(session, 100, 245) == 145
+    assert world.tree.active == 0 and session.charge(100, 245, COSTS) == 145
 
 
 def test_executor_failure_in_a_later_chunk_keeps_what_was_reused(world):
@@ -379,7 +379,7 @@ def test_published_request_grows_one_donor(world):
     for end in (20, 90, 200):
         world.pipeline.publish("grows", HERE, whole[:end])
     assert len(world.pipeline.index) == 3 and world.pipeline.index.tokens == 2 * 105 + 200
-    assert [s.length for s in world.pipeline.match(world.view(tokens=np.append(whole, 5)))] == [200]
+    assert [s.length for s in world.pipeline.lending.match(world.view(tokens=np.append(whole, 5)))] == [200]
     world.pipeline.release("grows")
     world.pipeline.publish("grows", HERE, text(42))  # another request under the same id
     assert len(world.pipeline.index) == 4
@@ -397,9 +397,9 @@ def test_publishing_never_raises(world, monkeypatch, caplog):
 
 
 def test_flush_forgets_donors_and_lookups(world):
-    assert world.pipeline.match(world.view())
+    assert world.pipeline.lending.match(world.view())
     world.pipeline.flush()
-    assert world.pipeline.match(world.view()) == () and len(world.pipeline.index) == 0
+    assert world.pipeline.lending.match(world.view()) == () and len(world.pipeline.index) == 0
 
 
 def test_metrics_count_every_request_once_and_gauges_return_to_zero():
@@ -427,8 +427,8 @@ def test_metrics_count_every_request_once_and_gauges_return_to_zero():
 
 def test_a_request_chooses_its_strategy_and_ratio(world):
     session = world.admit(wishes={"strategy": "epic", "ratio": 0.3})
-    assert session.outcome is Outcome.REUSED and world.pipeline.report_of(session).strategy == "epic"
-    dearer = world.pipeline.charge(session, 0, 245)
+    assert session.outcome is Outcome.REUSED and session.report(COSTS).strategy == "epic"
+    dearer = session.charge(0, 245, COSTS)
     world.pipeline.withdraw(session)
     session = world.admit()
     assert session.config is world.pipeline.config and dearer > 0.25 * 200

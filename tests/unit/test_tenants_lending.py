@@ -83,7 +83,7 @@ class World:
         told = []
         session.on_report = told.append
         self.pipeline.begin(session)
-        true = self.pipeline.report_of(session)
+        true = session.report(self.pipeline.costs)
         self.pipeline.chunk_done(session, len(tokens) if upto is None else upto)
         if fails:
             self.pipeline.abandon(session)

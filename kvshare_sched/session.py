@@ -1,0 +1,121 @@
+"""The record of one admitted request: its plan, what has run of it, and what follows from both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvshare_sched.config import KVShareConfig
+from kvshare_sched.planner import CostModel, expected_cells, rows_per_layer
+from kvshare_sched.repair import RepairQueue
+from kvshare_sched.strategies import get as get_strategy
+from kvshare_sched.strategies.base import Strategy
+from kvshare_sched.tenants.log import Source
+from kvshare_sched.tenants.policy import Stamp
+from kvshare_sched.types import Namespace, Outcome, Reason, ReusePlan, ShareReport
+from radix_ext.donors import DonorLease
+
+
+@dataclass(slots=True)
+class Session:
+    """One admitted request, from admission until its KV is released."""
+
+    rid: str
+    prompt_len: int
+    exact_len: int
+    config: KVShareConfig  # the server's settings with the request's own wishes
+    plan: ReusePlan | None
+    reason: Reason
+    namespace: Namespace | None = None  # None for a request that cannot take part
+    asks_until: int = 0  # prompt tokens before those a client wants scored: the question ends here
+    stamp: Stamp | None = None  # of its tenant, when a tenants file is in force
+    told: ReusePlan | Reason | None = None  # what its client is told instead of the truth; None: the truth
+    sources: dict[int, Source] = field(default_factory=dict)  # whom it borrows from, for the record
+    tenant: str = ""  # as metrics name it; known of requests that cannot take part too
+    wished: bool = False  # the request brought its own preset, strategy or ratio
+    match_s: float = 0.0
+    leases: dict[int, DonorLease] = field(default_factory=dict)
+    done_upto: int = 0  # prompt tokens whose chunk has run
+    recomputed: int = 0
+    cells: int = 0
+    copy_s: float = 0.0
+    recompute_s: float = 0.0
+    outcome: Outcome = Outcome.ORDINARY
+    discovered: int = 0
+    approximate_from: int | None = None  # first position with approximate KV; set when copies are made
+    repair: RepairQueue | None = None  # what may be repaired while decoding; None: nothing
+    reported: bool = False
+    on_report: Callable[[ShareReport], None] | None = None  # hands the report to the client's answer
+
+    @property
+    def own(self) -> bool:
+        """Whether the server has sent it itself, to compute or to drop a document of the library."""
+        return self.stamp is not None and bool(self.stamp.document)
+
+    @property
+    def told_plan(self) -> ReusePlan | None:
+        """The plan that its client is told of."""
+        if self.told is None:
+            return self.plan
+        return self.told if isinstance(self.told, ReusePlan) and self.config.mode == "on" else None
+
+    @property
+    def strategy(self) -> Strategy:
+        return get_strategy(self.config.strategy)
+
+    @property
+    def to_repair(self) -> bool:
+        """Whether a decode step of this request may take repair rows along."""
+        if self.repair is None or self.approximate_from is None:
+            return False
+        return self.repair.waiting(self.approximate_from)
+
+    def charge(self, start: int, end: int, costs: CostModel) -> int:
+        """What running the chunk [start, end) costs, in tokens of ordinary prefill: cells / layers, rounded up."""
+        if self.plan is None:
+            return end - start
+        rows = rows_per_layer(self.plan, start, end, self.strategy, self.config, costs.layers)
+        return -(-sum(rows) // costs.layers)
+
+    def end_for_budget(self, start: int, budget: int, end: int, costs: CostModel) -> int:
+        """Largest chunk end in [start, end] whose charge stays within `budget` tokens."""
+        if self.charge(start, end, costs) <= budget:
+            return end
+        low, high = start, end
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.charge(start, middle, costs) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def report(self, costs: CostModel) -> ShareReport:
+        """What is known about the request by now."""
+        reused, donors, expected, expected_s, saved_s = 0, 0, 0, 0.0, 0.0
+        computed = (self.prompt_len - self.exact_len) * costs.layers
+        if self.plan is not None:
+            reused, donors, computed = self.plan.reused_len, len(self.plan.donor_ids), self.cells
+            expected = expected_cells(self.plan, self.strategy, self.config, costs.layers)
+            expected_s = costs.saving_s(self.plan, expected)
+            if self.done_upto >= self.prompt_len:  # else it was aborted, and has not computed its cells
+                saved_s = costs.saving_s(self.plan, self.cells)
+        return ShareReport(
+            exact=self.exact_len,
+            reused=reused,
+            recomputed=min(self.recomputed, reused),
+            fresh=self.prompt_len - self.exact_len - reused,
+            outcome=self.outcome,
+            reason=self.reason,
+            donors=donors,
+            discovered=self.discovered,
+            strategy=self.config.strategy,
+            computed_cells=computed,
+            layers=costs.layers,
+            expected_cells=expected,
+            expected_s=expected_s,
+            saved_s=saved_s,
+            match_s=self.match_s,
+            copy_s=self.copy_s,
+            recompute_s=self.recompute_s,
+        )

@@ -5,7 +5,7 @@ of window hashes (`hashing.winnow`) per namespace, each with the few places wher
 holds token ids and places only, never slots: slots are read from the live tree when a donor is leased.
 
 Memory: 46 bytes an indexed token at the default window 16 and runs of 32 (measured with tracemalloc on random
-ids: 4 bytes of token id and 0.11 fingerprints).
+ids: 4 bytes of token id and 0.11 fingerprints). Text chosen for it can have a fingerprint for every token.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class SegmentIndex:
         self.tokens = 0  # indexed, all namespaces
         self.owned: Counter[str] = Counter()  # the same by owner
         self.entries = 0  # places kept, all namespaces
+        self.entered: Counter[str] = Counter()  # the same by owner
         self.left: Counter[str] = Counter()  # donors gone, by reason
 
     # ---- changes ----
@@ -130,8 +131,8 @@ class SegmentIndex:
         return donor.id if donor.id in self.donors else None
 
     def _make_room(self, owner: str) -> None:
-        most = self.limits[owner].most if owner in self.limits else None
-        while most is not None and self.owned[owner] > most:
+        limit = self.limits.get(owner)
+        while limit is not None and limit.exceeded(self.owned[owner], self.entered[owner]):
             self.remove(victim(self._by_age(), self.owned, self.limits, owner))
             self.left["quota"] += 1
         while self.tokens > self.capacity and len(self.donors) > 1:
@@ -142,11 +143,13 @@ class SegmentIndex:
         """(id, owner, tokens), least recently used first."""
         return ((donor.id, donor.owner, len(donor.tokens)) for donor in self.donors.values())
 
-    def _count(self, donor: Donor, tokens: int) -> None:
+    def _count(self, donor: Donor, tokens: int = 0, entries: int = 0) -> None:
         self.tokens += tokens
-        self.owned[donor.owner] += tokens
-        if not self.owned[donor.owner]:
-            del self.owned[donor.owner]
+        self.entries += entries
+        for count, change in ((self.owned, tokens), (self.entered, entries)):
+            count[donor.owner] += change
+            if not count[donor.owner]:
+                del count[donor.owner]
 
     def _fingerprint(self, donor: Donor) -> None:
         # Winnowing is local: starting `span` windows back makes the same choices as one scan of everything.
@@ -159,6 +162,7 @@ class SegmentIndex:
         table = self._tables.setdefault(donor.namespace, _Table())
         seen = {position for _, position in donor.places[-2 * self.span :]}
         shared: dict[int, int] = {}  # other donor -> length of the common beginning
+        entries = 0
         for fingerprint, position in zip(hashes, (kept + start).tolist(), strict=True):
             if position in seen:
                 continue
@@ -171,12 +175,13 @@ class SegmentIndex:
             if len(places) >= OCCURRENCES:
                 del places[0]
             else:
-                self.entries += 1
+                entries += 1
             places.append(donor.id << 32 | position)
             donor.places.append((row, position))
         # A place passed over for another donor that has left since may come in late.
         donor.places.sort(key=lambda place: place[1])
         donor.scanned = max(donor.scanned, len(donor.tokens) - self.window + 1)
+        self._count(donor, entries=entries)
 
     def _same_path(self, donor: Donor, place: int, position: int, shared: dict[int, int]) -> bool:
         other_id, other_position = place >> 32, place & 0xFFFFFFFF
@@ -199,7 +204,7 @@ class SegmentIndex:
         table = self._tables[donor.namespace]
         while donor.places and donor.places[-1][1] + self.window > length:
             row, position = donor.places.pop()
-            self.entries -= table.remove(row, donor.id << 32 | position)
+            self._count(donor, entries=-table.remove(row, donor.id << 32 | position))
         self._count(donor, length - len(donor.tokens))
         donor.tokens = donor.tokens[:length].copy()
         donor.scanned = min(donor.scanned, length - self.window + 1)
@@ -213,11 +218,11 @@ class SegmentIndex:
         table = self._tables.get(donor.namespace)
         if table is not None:
             for row, position in donor.places:
-                self.entries -= table.remove(row, donor.id << 32 | position)
+                self._count(donor, entries=-table.remove(row, donor.id << 32 | position))
             # A donor whose places were all displaced still names rows: the table stays until it leaves.
             if not table.row_of and all(d.namespace != donor.namespace for d in self.donors.values()):
                 del self._tables[donor.namespace]
-        self._count(donor, -len(donor.tokens))
+        self._count(donor, tokens=-len(donor.tokens))
         self.generation += 1
 
     def clear(self) -> None:
@@ -226,6 +231,7 @@ class SegmentIndex:
         self.donors.clear()
         self._tables.clear()
         self.owned.clear()
+        self.entered.clear()
         self.tokens = self.entries = 0
         self.generation += 1
 
@@ -287,6 +293,7 @@ class SegmentIndex:
         assert self.tokens == sum(self.owned.values()) and all(self.owned.values())
         assert self.tokens <= self.capacity or len(self.donors) <= 1
         assert self.entries == sum(len(p) for t in self._tables.values() for p in t.places)
+        assert self.entries == sum(self.entered.values()) and all(n > 0 for n in self.entered.values())
         for donor in self.donors.values():
             positions = [position for _, position in donor.places]
             assert positions == sorted(set(positions))

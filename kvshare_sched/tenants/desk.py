@@ -45,7 +45,7 @@ class Desk:
             self.limits.clear()
             self.let_go(tree)
         if stamp.revision == self._revision:
-            self.limits[stamp.tenant] = DonorLimits(stamp.donor_tokens, stamp.guaranteed)
+            self.limits[stamp.tenant] = DonorLimits(stamp.donor_tokens, stamp.guaranteed, stamp.index_entries)
 
     def sources(self, segments: Sequence[Segment], donors) -> dict[int, Source]:
         """Whose KV an admitted request is about to use; its donors may be gone when it has. donors: of the index."""

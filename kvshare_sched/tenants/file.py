@@ -36,6 +36,7 @@ class Tenant:
     requests: int | None = _limit(None, int, 1, 10**6, "requests in flight")
     tokens: int | None = _limit(None, int, 1, 10**12, "prompt and answer tokens of its requests in flight")
     donor_tokens: int | None = _limit(None, int, 0, 10**12, "tokens kept as donors")
+    index_entries: int | None = _limit(None, int, 0, 10**12, "places in the index; a text has some 0.11 for each token")
     guaranteed_donor_tokens: int = _limit(0, int, 0, 10**12, "donor tokens that others' requests never push out")
 
 
@@ -125,7 +126,9 @@ def parse(text: str, source: str) -> Tenants:
             raise _wrong(source, f"groups.{name}.trusted", trusted, "true or false")
         groups[name] = Group(name, trusted, tuple(sorted(t.name for t in tenants.values() if name in t.groups)))
     stranger = _table(source, "anonymous", data.get("anonymous", {}))
-    _known(source, "anonymous", stranger, _limits().keys() - {"donor_tokens", "guaranteed_donor_tokens"})
+    _known(
+        source, "anonymous", stranger, _limits().keys() - {"donor_tokens", "index_entries", "guaranteed_donor_tokens"}
+    )
     # Nothing is shared between strangers, so nothing of them is kept.
     anonymous = Tenant(ANONYMOUS, donor_tokens=0, **_read_limits(source, "anonymous", stranger))
     header, gateway = _gateway(source, data.get("gateway"), owners)

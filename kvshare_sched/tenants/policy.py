@@ -39,6 +39,7 @@ class Stamp:
     weight: float = 1.0
     target_kl: float | None = None
     donor_tokens: int | None = None
+    index_entries: int | None = None
     guaranteed: int = 0
     flight: int = 0  # of the process that counts requests in flight
     document: str = ""
@@ -82,9 +83,10 @@ def stamp_of(tenant: Tenant, tenants: Tenants, mark: str, flight: int) -> Stamp:
         tuple(lenders(tenant, tenants, mark)),
         tenant.weight,
         tenant.target_kl,
-        tenant.donor_tokens,
-        tenant.guaranteed_donor_tokens,
-        flight,
+        donor_tokens=tenant.donor_tokens,
+        index_entries=tenant.index_entries,
+        guaranteed=tenant.guaranteed_donor_tokens,
+        flight=flight,
         revision=tenants.revision,
     )
 

@@ -80,10 +80,15 @@ class Flights:
 
 @dataclass(frozen=True, slots=True)
 class DonorLimits:
-    """Tokens of donors a tenant may keep, and how many of them others never push out."""
+    """What a tenant may keep in the index: tokens of donors and entries; and how many tokens others never push out."""
 
     most: int | None = None
     guaranteed: int = 0
+    entries: int | None = None
+
+    def exceeded(self, tokens: int, entries: int) -> bool:
+        """Whether somebody who has so much must give something up."""
+        return (self.most is not None and tokens > self.most) or (self.entries is not None and entries > self.entries)
 
 
 def victim(

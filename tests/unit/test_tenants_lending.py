@@ -22,6 +22,7 @@ from kvshare_sched.tenants.namespaces import DOCUMENTS, TENANT, name_of, within
 from kvshare_sched.tenants.policy import Stamp, lenders, stamp_of
 from kvshare_sched.tenants.quotas import DonorLimits, to_hold, victim
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
+from radix_ext.hashing import window_hashes
 
 COSTS = CostModel(cell_s=1e-4, copy_s=1e-7, overhead_s=0.0, layers=4)
 SETTINGS = {"strategy": "kvshare", "window": 16, "min_run": 32, "min_suffix": 64, "forced_head": 8, "ratio": 0.1}
@@ -430,6 +431,37 @@ def test_a_tenant_keeps_no_more_than_its_limit_and_loses_its_own_oldest(world):
     world.desk.learn(Stamp("acme", donor_tokens=0), world.tree)
     world.donate(space("acme"), 4)
     assert owned["acme"] == 0
+
+
+def greedy(index, length: int = 300) -> np.ndarray:
+    """Ids chosen for it, as anybody can choose them who has read `hashing`: the next window's hash is ever larger, so
+    every window is the least of those behind it and all are kept."""
+    tokens, window = list(range(index.window)), index.window
+    last = window_hashes(np.array(tokens), window)[0]
+    while len(tokens) < length:
+        tries = np.tile(np.array([*tokens[1 - window :], 0]), (512, 1))
+        tries[:, -1] = np.arange(512)
+        hashes = window_hashes(tries.ravel(), window)[::window]
+        larger = np.flatnonzero(hashes > last)
+        chosen = larger[hashes[larger].argmin()] if len(larger) else hashes.argmin()
+        last = hashes[chosen]
+        tokens.append(int(chosen))
+    return np.array(tokens)
+
+
+def test_a_tenant_has_no_more_entries_than_its_limit_however_it_chooses_its_text(world):
+    index, desk = world.pipeline.index, world.desk
+    world.donate(space("globex"), 9)
+    usual = index.entered["globex"] / 605
+    world.pipeline.publish("control", space("hooli"), greedy(index))
+    assert index.entered["hooli"] > 3 * usual * 300, "the control: tokens do not bound entries well"
+    desk.learn(Stamp("acme", index_entries=100), world.tree)
+    for seed in (1, 2):
+        world.donate(space("acme"), seed)
+    assert index.owned["acme"] == 605 and 0 < index.entered["acme"] <= 100, "its oldest has left"
+    world.pipeline.publish("too many at once", space("acme", "s"), greedy(index))
+    assert index.entered["acme"] <= 100 and index.owned["globex"] == 605
+    assert index.left["quota"] >= 2
 
 
 def test_guaranteed_donors_are_pinned_as_they_grow_and_let_go_after(world):

@@ -9,9 +9,11 @@ endpoints have no meta_info; their `metadata`, which clients ignore when they do
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
 
 from kvshare_sched import pages
+from kvshare_sched.tenants.hold import DELAY, HOLD_KEY, Hold, delay_s
 
 _ATTRIBUTE = "kvshare_report"
 _RECENT = 8192  # answers whose report a stream may still ask for
@@ -22,7 +24,9 @@ def update_request_meta_info(original, manager, meta_info, state, customized_inf
     """Around `TokenizerManager.update_request_meta_info`: our key becomes one object, not a list."""
     if "kvshare" in customized_info:
         reports = [r for r in customized_info["kvshare"][index] or () if r is not None]
-        if reports:
+        if reports and HOLD_KEY in reports[0]:
+            setattr(state, DELAY, delay_s(Hold(*reports[0][HOLD_KEY]), time.perf_counter()))
+        elif reports:
             if (details := reports[0].pop("details", None)) is not None:  # for our own pages only
                 pages.recent.remember(meta_info["id"], reports[0], details)
             setattr(state, _ATTRIBUTE, reports[0])

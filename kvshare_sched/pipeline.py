@@ -90,7 +90,7 @@ class Pipeline:
         base = self.config if wished else self.auditor.settings(self.config, view.namespace)
         session.config = base.for_request(view.wishes)
         refused = not wished and self.auditor.refuses(view.namespace)
-        if session.stamp is not None and session.stamp.public != session.stamp:
+        if session.stamp is not None and session.stamp.public != session.stamp and not session.hidden:
             public = replace(view, lenders=lenders_of(session.stamp.public, view.namespace))
             session.told = self._plan(public, session, refused)
         plan = self._plan(view, session, refused)
@@ -113,6 +113,7 @@ class Pipeline:
 
     def begin(self, session: Session) -> None:
         """The request was admitted: from now on `release` must be called once."""
+        session.started_s = time.perf_counter()
         self.sessions[session.rid] = session
         self.lending.used(session.leases)
         self.auditor.begun(session)

@@ -24,6 +24,10 @@ class CostModel:
     layers: int
     pass_rows: float = 0.0  # fixed cost of a forward pass, in rows of ordinary prefill
 
+    def prefill_s(self, tokens: int) -> float:
+        """Seconds that one pass over so many tokens takes without any reuse; attention over long prompts takes more."""
+        return (tokens + self.pass_rows) * self.layers * self.cell_s
+
     def saving_s(self, plan: ReusePlan, cells: int) -> float:
         """Seconds a plan that computes `cells` cells is expected to save; negative when it costs."""
         ordinary = (plan.prompt_len - plan.exact_len) * self.layers

@@ -171,6 +171,8 @@ SEAMS = (
     Seam(f"{_SRT}.sampling.custom_logit_processor.CustomLogitProcessor.__call__", ("logits", "custom_param_list")),
     # who is asking
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request", ("self", "obj", "request")),
+    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._stream_one_response", ("obj", "state", "request")),
+    Seam(f"{_SRT}.managers.io_struct.TokenizedGenerateReqInput", ("stream", "sampling_params"), kind="members"),
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._send_one_request", ("tokenized_obj",)),
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._send_batch_request", ("tokenized_objs",)),
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.config_value", ("name",)),

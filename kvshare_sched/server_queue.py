@@ -218,6 +218,8 @@ class ServerQueue:
         arrival, since = (back.arrival, back.since) if back else (self._arrivals, self.queue.clock)
         size = len(tokens)
         self.queue.add(Waiting(req.rid, tenant, arrival, size, size, since=since, tier=tier), item=req)
+        if stamp is not None and stamp.hide_reuse is not None:
+            return  # it keeps its full price
         kind = takes_part(req)
         opted_out = (req.sampling_params.custom_params or {}).get(REPORT_KEY) == "off"
         reusable = kind and not req.output_ids and not opted_out
@@ -232,7 +234,8 @@ class ServerQueue:
         plan = session.plan if session is not None else None
         until = plan.approximate_from if plan is not None else len(req.full_untruncated_fill_ids)
         run = self._running[req.rid] = _Running(req, len(req.output_ids), prompt, until)
-        self.queue.start(req.rid, self._work(req))
+        hidden = req.prefix_len if session is not None and session.hidden else 0  # it pays for what it found, too
+        self.queue.start(req.rid, hidden + self._work(req))
         if prompt is not None:
             self._computing(req.rid, run)
 
@@ -249,7 +252,7 @@ class ServerQueue:
 
     def _work_between(self, req, start: int, end: int) -> float:
         session = self._pipeline.sessions.get(req.rid)
-        if session is None or session.plan is None:
+        if session is None or session.plan is None or session.hidden:
             return end - start
         copied = sum(place.length for s in session.plan.clip(start, end) for place in s.places)
         return session.charge(start, end, self._pipeline.costs) + self._peek.copy_price * copied

@@ -10,6 +10,7 @@ from kvshare_sched.planner import CostModel, expected_cells, rows_per_layer
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.strategies import get as get_strategy
 from kvshare_sched.strategies.base import Strategy
+from kvshare_sched.tenants.hold import Hold
 from kvshare_sched.tenants.log import Source
 from kvshare_sched.tenants.policy import Stamp
 from kvshare_sched.types import Namespace, Outcome, Reason, ReusePlan, ShareReport
@@ -34,6 +35,7 @@ class Session:
     tenant: str = ""  # as metrics name it; known of requests that cannot take part too
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
+    started_s: float = 0.0  # when it was admitted, by `time.perf_counter`; decides nothing
     leases: dict[int, DonorLease] = field(default_factory=dict)
     done_upto: int = 0  # prompt tokens whose chunk has run
     recomputed: int = 0
@@ -51,6 +53,11 @@ class Session:
     def own(self) -> bool:
         """Whether the server has sent it itself, to compute or to drop a document of the library."""
         return self.stamp is not None and bool(self.stamp.document)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether its tenant sees nothing of reuse: neither in what it pays, nor in numbers, nor by the clock."""
+        return self.stamp is not None and self.stamp.hide_reuse is not None
 
     @property
     def told_plan(self) -> ReusePlan | None:
@@ -72,7 +79,7 @@ class Session:
 
     def charge(self, start: int, end: int, costs: CostModel) -> int:
         """What running the chunk [start, end) costs, in tokens of ordinary prefill: cells / layers, rounded up."""
-        if self.plan is None:
+        if self.plan is None or self.hidden:
             return end - start
         rows = rows_per_layer(self.plan, start, end, self.strategy, self.config, costs.layers)
         return -(-sum(rows) // costs.layers)
@@ -89,6 +96,13 @@ class Session:
             else:
                 high = middle - 1
         return low
+
+    def hold(self, costs: CostModel) -> Hold:
+        """When a hidden answer may leave, by what is known now."""
+        factor, saved_s = self.stamp.hide_reuse, self.exact_len * costs.layers * costs.cell_s
+        if self.plan is not None:
+            saved_s += max(0.0, costs.saving_s(self.plan, self.cells))
+        return Hold(self.started_s, factor * costs.prefill_s(self.prompt_len), factor * saved_s)
 
     def report(self, costs: CostModel) -> ShareReport:
         """What is known about the request by now."""

@@ -22,6 +22,7 @@ from kvshare_sched.errors import UnsupportedError
 from kvshare_sched.planner import CostModel
 from kvshare_sched.tenants import gate
 from kvshare_sched.tenants.desk import Desk, lenders_of
+from kvshare_sched.tenants.hold import HOLD_KEY
 from kvshare_sched.tenants.log import BorrowLog
 from kvshare_sched.tenants.policy import Stamp, read
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
@@ -97,14 +98,20 @@ def _view_of(req, stamp: Stamp | None) -> RequestView | Reason:
     return RequestView(req.rid, namespace, tokens, req.prefix_len, fresh_from, wishes, lenders_of(stamp, namespace))
 
 
-def attach_report(req, report, details: dict | None) -> None:
+def attach_report(req, session, report, pipeline) -> None:
     """Let the answer carry the report: one object, sent with the request's first output.
 
-    details: for our own pages, taken off before the client sees it.
+    Taken off before the client sees it: details, for our own pages; of a hidden request there is only when to answer.
     """
     info = req.customized_info or {}
-    if REPORT_KEY not in info:
-        req.customized_info = info | {REPORT_KEY: [report.to_json() | ({"details": details} if details else {})]}
+    if REPORT_KEY in info:
+        return
+    if session.hidden:
+        told = {HOLD_KEY: tuple(session.hold(pipeline.costs))}
+    else:
+        details = _details(req, session, pipeline.index)
+        told = report.to_json() | ({"details": details} if details else {})
+    req.customized_info = info | {REPORT_KEY: [told]}
 
 
 def _details(req, session, index) -> dict | None:
@@ -151,7 +158,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
             result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
-    session.on_report = lambda report: attach_report(req, report, _details(req, session, pipeline.index))
+    session.on_report = lambda report: attach_report(req, session, report, pipeline)
     pipeline.begin(session)
     return result
 

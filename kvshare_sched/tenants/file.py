@@ -17,6 +17,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _KEY = re.compile(r"sha256:[0-9a-f]{64}")
 _HEADER = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _CREDENTIALS = ("authorization", "x-api-key")
+_OF_DONORS = {"donor_tokens", "index_entries", "guaranteed_donor_tokens", "hide_reuse"}
 _POOL_SHARE = 0.5  # of the KV pool may be promised to tenants and documents; the rest is for running requests
 
 
@@ -38,6 +39,7 @@ class Tenant:
     donor_tokens: int | None = _limit(None, int, 0, 10**12, "tokens kept as donors")
     index_entries: int | None = _limit(None, int, 0, 10**12, "places in the index; a text has some 0.11 for each token")
     guaranteed_donor_tokens: int = _limit(0, int, 0, 10**12, "donor tokens that others' requests never push out")
+    hide_reuse: float | None = _limit(None, float, 1.0, 100.0, "times the estimated full prefill that its answers take")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +128,8 @@ def parse(text: str, source: str) -> Tenants:
             raise _wrong(source, f"groups.{name}.trusted", trusted, "true or false")
         groups[name] = Group(name, trusted, tuple(sorted(t.name for t in tenants.values() if name in t.groups)))
     stranger = _table(source, "anonymous", data.get("anonymous", {}))
-    _known(
-        source, "anonymous", stranger, _limits().keys() - {"donor_tokens", "index_entries", "guaranteed_donor_tokens"}
-    )
-    # Nothing is shared between strangers, so nothing of them is kept.
+    _known(source, "anonymous", stranger, _limits().keys() - _OF_DONORS)
+    # Nothing is shared between strangers, so nothing of them is kept, and there is nothing to hide.
     anonymous = Tenant(ANONYMOUS, donor_tokens=0, **_read_limits(source, "anonymous", stranger))
     header, gateway = _gateway(source, data.get("gateway"), owners)
     operators = _table(source, "operators", data.get("operators", {}))

@@ -10,15 +10,17 @@ import contextlib
 import functools
 import logging
 import socket
+from collections.abc import Mapping
 
 from kvshare_sched.errors import ConfigError
+from kvshare_sched.tenants import hold
 from kvshare_sched.tenants.admin import Admin
 from kvshare_sched.tenants.edge import Edge, Middleware, caller_here, own_request
 from kvshare_sched.tenants.identity import Refusal, identify, renewed
 from kvshare_sched.tenants.librarian import Librarian
 from kvshare_sched.tenants.library import Library
 from kvshare_sched.tenants.namespaces import engine_mark
-from kvshare_sched.tenants.policy import read
+from kvshare_sched.tenants.policy import Stamp, read
 from kvshare_sched.tenants.reload import TenantsFile
 from kvshare_sched.tenants.stamping import requests_in, stamp_request
 
@@ -50,6 +52,17 @@ async def generate_request(original, manager, obj, request=None):
         edge.flights.end(flight)
 
 
+async def stream_one(original, manager, obj, state, request=None):
+    """Around `TokenizerManager._stream_one_response`, which gives every part of every answer, streamed or not."""
+    answers = original(manager, obj, state, request)
+    stamp = _stamp_in(obj)
+    if stamp is not None and stamp.hide_reuse is not None:
+        answers = hold.shifted(answers, lambda: getattr(state, hold.DELAY, 0.0))
+    async with contextlib.aclosing(answers):
+        async for answer in answers:
+            yield answer
+
+
 async def send_one(original, manager, tokenized):
     """Around `TokenizerManager._send_one_request`: here the length of a prompt is known."""
     _count(manager, tokenized)
@@ -65,13 +78,23 @@ async def send_batch(original, manager, tokenized):
 
 def _count(manager, tokenized) -> None:
     """Count prompt and answer; an answer without a limit of its own may fill the context."""
-    params = getattr(tokenized, "sampling_params", None)
-    stamp = read(getattr(params, "custom_params", None)) if _edge is not None else None
+    stamp = _stamp_in(tokenized)
     if stamp is not None:
+        if stamp.hide_reuse is not None:
+            tokenized.stream = True  # so that its first token is heard of at once, whatever the client gets
+        params = tokenized.sampling_params
         prompt = len(tokenized.input_ids or tokenized.input_embeds or ())
         room = max(0, manager.context_len - prompt)
         answer = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         _edge.flights.grow(stamp.flight, prompt + answer)
+
+
+def _stamp_in(obj) -> Stamp | None:
+    """The stamp of a request, before or after it was tokenized; None where no tenants file is in force."""
+    if _edge is None:
+        return None
+    params = getattr(obj, "sampling_params", None)
+    return read(params.get("custom_params") if isinstance(params, Mapping) else getattr(params, "custom_params", None))
 
 
 def run_http_server(
@@ -98,7 +121,7 @@ def _install(server_args, manager, pool: int) -> None:
     settings = resolved_view(server_args)
     if settings.radix_cache_backend != BACKEND:
         return
-    for name in ("generate_request", "_send_one_request", "_send_batch_request"):
+    for name in ("generate_request", "_stream_one_response", "_send_one_request", "_send_batch_request"):
         if not hasattr(getattr(TokenizerManager, name), "__wrapped__"):
             raise SystemExit(f"kvshare: TokenizerManager.{name} is not hooked; tenants could not be told apart.")
     config = KVShareConfig.load()
@@ -159,6 +182,7 @@ def hooks() -> dict[str, object]:
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     return {
         f"{manager}.generate_request": generate_request,
+        f"{manager}._stream_one_response": stream_one,
         f"{manager}._send_one_request": send_one,
         f"{manager}._send_batch_request": send_batch,
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server": run_http_server,

@@ -41,6 +41,7 @@ class Stamp:
     donor_tokens: int | None = None
     index_entries: int | None = None
     guaranteed: int = 0
+    hide_reuse: float | None = None
     flight: int = 0  # of the process that counts requests in flight
     document: str = ""
     forget: bool = False  # the document is to be dropped
@@ -86,6 +87,7 @@ def stamp_of(tenant: Tenant, tenants: Tenants, mark: str, flight: int) -> Stamp:
         donor_tokens=tenant.donor_tokens,
         index_entries=tenant.index_entries,
         guaranteed=tenant.guaranteed_donor_tokens,
+        hide_reuse=tenant.hide_reuse,
         flight=flight,
         revision=tenants.revision,
     )

@@ -27,7 +27,12 @@ LAYERS = (
     {"kvshare_sched.tenants.identity", "kvshare_sched.tenants.quotas", "kvshare_sched.tenants.reload"},
     {"kvshare_sched.tenants.policy"},
     {"kvshare_sched.tenants.gate"},
-    {"kvshare_sched.tenants.log", "kvshare_sched.tenants.stamping", "kvshare_sched.tenants.library"},
+    {
+        "kvshare_sched.tenants.hold",
+        "kvshare_sched.tenants.log",
+        "kvshare_sched.tenants.stamping",
+        "kvshare_sched.tenants.library",
+    },
     {"kvshare_sched.tenants.desk", "kvshare_sched.tenants.edge"},
     {"kvshare_sched.tenants.librarian"},
     {"kvshare_sched.tenants.admin"},

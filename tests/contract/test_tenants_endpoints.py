@@ -35,10 +35,14 @@ unknown = "anonymous"
 keys = ["{hash_of("root")}"]
 [tenants.globex]
 keys = ["{hash_of("other")}"]
+[tenants.hidden]
+keys = ["{hash_of("hidden")}"]
+hide_reuse = 1.5
 [tenants.acme]
 keys = ["{hash_of("key")}"]
 requests = 2
 """
+CACHED = 7171717  # what the engine says it had of every prompt
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -103,11 +107,16 @@ class Manager:
     async def answer(self, obj, request):
         obj.normalize_batch_and_arguments()
         self.seen.append(obj)
-        meta = {"id": "x", "prompt_tokens": 3, "completion_tokens": 1, "cached_tokens": 0, "reasoning_tokens": 0}
-        meta |= {"finish_reason": {"type": "stop", "matched": None}, "weight_version": "1"}
-        one = {"text": "hi", "output_ids": [2], "meta_info": meta, "index": 0}
         single = obj.is_single or obj.stream
+        part = obj if obj.is_single else obj[0]
+        one = await anext(hooks.stream_one(Manager.part, self, obj=part, state=SimpleNamespace(), request=request))
         yield one if single else [dict(one) for _ in range(obj.batch_size * obj.parallel_sample_num)]
+
+    async def part(self, obj, state, request=None):
+        meta = {"id": "x", "prompt_tokens": 10**7, "completion_tokens": 1, "reasoning_tokens": 0, "weight_version": "1"}
+        meta |= {"finish_reason": {"type": "stop", "matched": None}, "cached_tokens": CACHED, "e2e_latency": 0.5}
+        meta |= {"cached_tokens_details": {"device": CACHED}}
+        yield {"text": "hi", "output_ids": [2], "meta_info": meta, "index": 0}
 
     def generate_request(self, obj, request=None):
         return hooks.generate_request(Manager.answer, self, obj, request)
@@ -118,7 +127,7 @@ def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tenants.toml").write_text(FILE)
-    args = ServerArgs(model_path=str(folder), device="cpu")
+    args = ServerArgs(model_path=str(folder), device="cpu", enable_cache_report=True)
     args.resolve_once()
     publish(args, role="tokenizer")
     manager, templates = Manager(), TemplateManager()
@@ -168,6 +177,17 @@ def test_every_endpoint_runs_as_the_caller_whatever_the_body_says(engine, path, 
     )
 
 
+@pytest.mark.parametrize(("path", "body"), BODIES, ids=[f"{p}{' stream' * bool(b.get('stream'))}" for p, b in BODIES])
+def test_no_endpoint_tells_a_hidden_tenant_what_was_cached(engine, path, body):
+    body = body | {"stream_options": {"include_usage": True}, "return_cached_tokens_details": True}
+    hidden = post(engine, path, body, authorization="Bearer hidden")
+    shown = post(engine, path, body, authorization="Bearer key")
+    assert hidden.status_code == shown.status_code == 200 and str(CACHED) not in hidden.text
+    assert "e2e_latency" not in hidden.text
+    if path not in ("/api/chat", "/api/generate", "/v1/responses"):  # which have no number for it
+        assert str(CACHED) in shown.text, "the control"
+
+
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])
 def test_metrics_are_no_tenants_whatever_the_method(engine, method, monkeypatch, tmp_path):
     """SGLang mounts them, and a mount does not look at the method."""
@@ -209,7 +229,7 @@ def starting(engine, tmp_path, monkeypatch):
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-    for name in ("generate_request", "_send_one_request", "_send_batch_request"):
+    for name in ("generate_request", "_stream_one_response", "_send_one_request", "_send_batch_request"):
         monkeypatch.setattr(getattr(TokenizerManager, name), "__wrapped__", None, raising=False)
     added = []
     app = SimpleNamespace(add_middleware=lambda kind, **more: added.append((kind, more)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import os
@@ -15,7 +16,8 @@ from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReq
 from sglang.srt.managers.schedule_batch import Req as Req_
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.managers.scheduler import Scheduler as Scheduler_
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
+from sglang.srt.observability.req_time_stats import APIServerReqTimeStats, SchedulerReqTimeStats
 from sglang.srt.sampling.sampling_params import SamplingParams
 from test_queue_adapter import COSTS, Adder, FakeTree, Req, World
 
@@ -24,6 +26,7 @@ from kvshare_sched.config import KVShareConfig
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.tenants import edge, gate, hooks
 from kvshare_sched.tenants.file import parse
+from kvshare_sched.tenants.hold import DELAY, without_traces
 from kvshare_sched.tenants.identity import Caller
 from kvshare_sched.tenants.namespaces import name_of
 from kvshare_sched.tenants.policy import STAMP_KEY, Lender, Stamp, read
@@ -97,6 +100,80 @@ def test_the_hooked_places_are_what_the_hooks_expect():
     assert inspect.isasyncgenfunction(TokenizerManager.generate_request)
     assert inspect.iscoroutinefunction(TokenizerManager._send_one_request)
     assert inspect.iscoroutinefunction(TokenizerManager._send_batch_request)
+
+
+def test_sglang_waits_for_every_answer_where_hidden_ones_are_held():
+    """Its own code between the engine's output and the endpoints: what it has at once, the hook gives later."""
+    from test_tenants_hold import Clock
+
+    obj = GenerateReqInput(text="x")
+    hidden = parse("unknown = 'reject'\n[tenants.acme]\nhide_reuse = 2", "f")
+    stamp_request(obj, Caller(hidden.tenants["acme"]), hidden, "mark", 7)
+    obj.normalize_batch_and_arguments()
+    manager = SimpleNamespace(incremental_streaming_output=False)
+    manager.request_logger = SimpleNamespace(log_finished_request=lambda *a, **k: None)
+    manager.request_metrics_exporter_manager = SimpleNamespace(exporter_enabled=lambda: False)
+
+    @functools.wraps(TokenizerManager._stream_one_response)
+    def held(self, **kwargs):
+        return hooks.stream_one(TokenizerManager._stream_one_response, self, **kwargs)
+
+    manager._stream_one_response = functools.partial(held, manager)
+
+    async def ask():
+        answer = {"text": "hi", "output_ids": [2], "meta_info": {"id": "x", "cached_tokens": 9, "finish_reason": None}}
+        times = APIServerReqTimeStats()
+        state = ReqState([answer], True, asyncio.Event(), obj, times)
+        state.event.set()
+        setattr(state, DELAY, 3.0)
+        manager.rid_to_state = {obj.rid: state}
+        found = [one async for one in TokenizerManager._wait_one_response(manager, obj)]
+        return asyncio.get_running_loop().time(), found
+
+    hooks._edge = "in force"
+    try:
+        with asyncio.Runner(loop_factory=Clock) as runner:
+            at, [found] = runner.run(ask())
+    finally:
+        hooks._edge = None
+    assert at == 3.0 and found["meta_info"] == {"id": "x", "cached_tokens": 0, "finish_reason": None}
+
+
+def test_every_time_that_sglang_tells_is_kept_from_hidden_tenants():
+    times = APIServerReqTimeStats()
+    for name in times.__dataclass_fields__:
+        if name.endswith("_time"):
+            setattr(times, name, 2.0 if name == "created_time" else 3.0)
+    scheduler = SchedulerReqTimeStats(storage_prefetch_wait_s=1.0, storage_staging_wait_s=1.0)
+    scheduler.forward_entry_time = scheduler.prefill_finished_time = 3.0
+    meta = times.convert_to_output_meta_info(scheduler, 5) | scheduler.convert_to_output_meta_info()
+    assert len(meta) > 5 and without_traces({"meta_info": meta}) == {"meta_info": {}}
+
+
+def test_a_hidden_tenants_requests_wait_and_pay_at_their_full_price():
+    world = World(tenants_file="f", quantum=1000)
+    donor = Req("donor", 600, tenant=OWN)
+    world.publish(donor)
+    custom = {STAMP_KEY: Stamp("acme", hide_reuse=2.0).to_text()}
+
+    def owed(custom_params) -> tuple[float, float]:
+        """The price at which a prompt of 600 tokens waits, 500 of them in the tree, and what it leaves of a quantum."""
+        world.queue._accounts.deficits.clear()
+        req = Req(f"again {bool(custom_params)}", donor.origin_input_ids, tenant=OWN)
+        req.sampling_params.custom_params, req.prefix_len = custom_params, 500
+        req.retracted_stain, req.return_logprob, req.customized_info = False, False, None
+        world.waiting = [req]
+        world.order()
+        price = world.queue.queue.work(req.rid)
+        stamp = sglang_adapter.stamp_of(req, world.pipeline.config)
+        view = sglang_adapter.view_of(req, stamp)
+        world.pipeline.begin(world.pipeline.admit(view, req.rid, 600, 500, stamp))
+        world.go()
+        return price, world.queue._accounts.deficits["acme"]
+
+    shown, hidden = owed(None), owed(custom)
+    assert hidden == (600, 1000 - 600) and shown[0] < 600 and shown[1] >= 1000 - 100
+    assert world.queue.failures == 0
 
 
 def test_the_order_of_the_queue_uses_the_weight_in_the_stamp():

@@ -20,7 +20,7 @@ from kvshare_sched.tenants.identity import hash_of
 DOCS = sections(40)
 FOLDER = Path(tempfile.mkdtemp(prefix="kvshare-tenants-"))
 FILE, RECORD = FOLDER / "tenants.toml", FOLDER / "borrowed.jsonl"
-NAMES = ("acme", "globex", "initech", "hooli")
+NAMES = ("acme", "globex", "initech", "hooli", "umbrella")
 TEXT = f"""
 unknown = "reject"
 [gateway]
@@ -47,6 +47,10 @@ groups = ["team"]
 requests = 1
 [tenants.hooli]
 keys = ["{hash_of("key-of-hooli")}"]
+[tenants.umbrella]
+keys = ["{hash_of("key-of-umbrella")}"]
+groups = ["handbook"]
+hide_reuse = 1.0
 """
 FILE.write_text(TEXT)
 _APPROXIMATE = 0.5  # nats; reuse of whole documents in other contexts stays far below, see the evaluation
@@ -259,6 +263,33 @@ def test_cached_tokens_do_tell_that_ones_own_last_prompt_borrowed(server):
 
     assert twice("acme") < 100 and twice("hooli") > 300, "a member of the group, and a tenant outside"
     requests.delete(url, params={"group": "handbook", "name": "told"}, headers=ROOT, timeout=60).raise_for_status()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hidden_tenant_reuses_and_no_answer_says_so(server, stream):
+    url, (_, prompt) = f"{server.url}/kvshare/documents", prompts(18)
+    body = {"group": "handbook", "name": "hidden", "text": "\n\n".join(DOCS[18:21])}
+    requests.post(url, json=body, headers=ROOT, timeout=300).raise_for_status()
+
+    def said(name: str) -> list[dict]:
+        """What the last part of each of two answers says."""
+        headers, params = {"Authorization": f"Bearer key-of-{name}"}, {"max_new_tokens": 4, "temperature": 0}
+        found = []
+        for _ in range(2):
+            sent = {"sampling_params": params, "cache_salt": f"hidden {stream}", "stream": stream}
+            text = generate(server, prompt, headers, **sent).text
+            parts = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
+            found.append(json.loads(parts[-1] if stream else text))
+        return found
+
+    hidden = []
+    assert reused_by(server, lambda: hidden.extend(said("umbrella"))) > 600, "both times"
+    for answer in hidden:
+        meta = answer["meta_info"]
+        assert meta["cached_tokens"] == 0 and meta["completion_tokens"] == len(answer["output_ids"]) == 4
+        assert not {"kvshare", "hold", "e2e_latency", "queue_time"} & meta.keys()
+    assert {"kvshare", "e2e_latency"} <= said("acme")[0]["meta_info"].keys(), "the control"
+    requests.delete(url, params={"group": "handbook", "name": "hidden"}, headers=ROOT, timeout=60).raise_for_status()
 
 
 def test_a_trusted_hit_is_in_no_number_of_the_clients(server):

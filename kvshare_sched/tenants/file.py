@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from kvshare_sched.errors import ConfigError
 
-UNKNOWN = ("anonymous", "reject")
-ANONYMOUS = "anonymous"
+ANONYMOUS, ANY_KEY = "anonymous", "anonymous-any-key"
+UNKNOWN = ("reject", ANONYMOUS, ANY_KEY)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _KEY = re.compile(r"sha256:[0-9a-f]{64}")
 _HEADER = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -58,7 +58,8 @@ class Tenants:
     tenants: Mapping[str, Tenant]
     groups: Mapping[str, Group]
     keys: Mapping[str, str] = field(repr=False)
-    anonymous: Tenant | None  # who is not known runs as this one; None: is refused
+    anonymous: Tenant | None  # who comes without a key runs as this one; None: is refused
+    any_key: bool = False  # so does who comes with a key, or a gateway's name, that nobody has
     gateway_header: str | None = None  # names the tenant, when one of `gateway_keys` comes with it
     gateway_keys: frozenset[str] = field(default=frozenset(), repr=False)
     operator_keys: frozenset[str] = field(default=frozenset(), repr=False)
@@ -101,7 +102,7 @@ def parse(text: str, source: str) -> Tenants:
     _known(source, "", data, top)
     unknown = data.get("unknown")  # has no default: half a file must not open the server
     if unknown not in UNKNOWN:
-        raise _wrong(source, "unknown", unknown, " or ".join(UNKNOWN))
+        raise _wrong(source, "unknown", unknown, ", ".join(UNKNOWN))
     group_tables = _named_tables(source, "groups", data.get("groups", {}))
     tables = _named_tables(source, "tenants", data.get("tenants", {}))
     if ANONYMOUS in tables:
@@ -147,7 +148,8 @@ def parse(text: str, source: str) -> Tenants:
         MappingProxyType(tenants),
         MappingProxyType(groups),
         MappingProxyType({key: name for key, name in owners.items() if name in tenants}),
-        anonymous if unknown == ANONYMOUS else None,
+        anonymous if unknown != "reject" else None,
+        unknown == ANY_KEY,
         header,
         frozenset(gateway),
         frozenset(operator_keys),

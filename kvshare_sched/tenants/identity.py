@@ -40,7 +40,8 @@ class Caller:
 def identify(headers: Iterable[tuple[bytes, bytes]], tenants: Tenants) -> Caller | Refusal:
     """The caller of a request. headers: raw names (lower case, as ASGI has them) and values.
 
-    A key decides; the gateway's header counts only beside the gateway's own key. A key nobody has is treated as no key.
+    A key decides; the gateway's header counts only beside the gateway's own key. A key nobody has is a mistake, of a
+    tenant as a rule, and refused, unless the file says that strangers may bring any.
     """
     wanted = {b"authorization": [], b"x-api-key": []}
     if tenants.gateway_header is not None:
@@ -54,7 +55,7 @@ def identify(headers: Iterable[tuple[bytes, bytes]], tenants: Tenants) -> Caller
         return Refusal(400, "several API keys in one request; send one")
     digest = _digest(keys.pop()) if keys else None
     if digest is None:
-        return _stranger(tenants)
+        return _stranger(tenants, named=False)
     if _among(digest, tenants.operator_keys):
         return Caller(OPERATORS, operator=True)
     if _among(digest, tenants.gateway_keys):
@@ -63,7 +64,7 @@ def identify(headers: Iterable[tuple[bytes, bytes]], tenants: Tenants) -> Caller
     for known, name in tenants.keys.items():  # all of them, whichever matches
         if hmac.compare_digest(known, digest):
             found = name
-    return _stranger(tenants) if found is None else Caller(tenants.tenants[found])
+    return _stranger(tenants, named=True) if found is None else Caller(tenants.tenants[found])
 
 
 def renewed(caller: Caller, tenants: Tenants) -> Caller | Refusal:
@@ -80,11 +81,12 @@ def _from_gateway(names: list[str], tenants: Tenants) -> Caller | Refusal:
         return Refusal(400, f"the header {tenants.gateway_header} came {len(names)} times; send it once")
     name = names[0].strip() if names else ""
     tenant = tenants.tenants.get(name)
-    return Caller(tenant) if tenant is not None else _stranger(tenants)
+    return Caller(tenant) if tenant is not None else _stranger(tenants, named=bool(name))
 
 
-def _stranger(tenants: Tenants) -> Caller | Refusal:
-    if tenants.anonymous is None:
+def _stranger(tenants: Tenants, *, named: bool) -> Caller | Refusal:
+    """named: a key, or the gateway, says who it is, and nobody of that name is known."""
+    if tenants.anonymous is None or (named and not tenants.any_key):
         return Refusal(401, "an API key of a known tenant is needed (Authorization: Bearer KEY, or x-api-key)")
     return Caller(tenants.anonymous)
 

@@ -59,6 +59,7 @@ def test_everything_is_read():
 def test_a_file_that_declares_nothing_knows_nobody_and_shares_nothing():
     found = parse("unknown = 'anonymous'", "f")
     assert not found.tenants and not found.groups and found.anonymous.groups == () and found.promised == 0
+    assert not found.any_key and parse("unknown = 'anonymous-any-key'", "f").any_key
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_a_file_without_its_first_line_opens_no_server(text):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("unknown = 'allow'", ("unknown", "'allow'", "anonymous or reject")),
+        ("unknown = 'allow'", ("unknown", "'allow'", "reject, anonymous, anonymous-any-key")),
         ("tenant = 1", ("tenant is not known", "did you mean tenants")),
         ("[tenants.acme]\nwieght = 1", ("tenants.acme.wieght", "did you mean weight")),
         ("[tenants.acme]\nweight = 0", ("tenants.acme.weight", "'0.0'", "0.01 to 10000")),

@@ -23,6 +23,7 @@ keys = ["{hash_of("acme-key")}", "{hash_of("acme-second")}"]
 keys = ["{hash_of("globex-key")}"]
 """
 OPEN, CLOSED = parse(FILE, "f"), parse(FILE.replace("anonymous", "reject"), "f")
+ANY = parse(FILE.replace("anonymous", "anonymous-any-key"), "f")
 
 
 def who(*headers, tenants=OPEN):
@@ -42,29 +43,39 @@ def who(*headers, tenants=OPEN):
     ],
 )
 def test_a_known_key_or_the_gateway_says_who(headers, name):
-    assert who(*headers) == who(*headers, tenants=CLOSED) == name
+    assert who(*headers) == who(*headers, tenants=CLOSED) == who(*headers, tenants=ANY) == name
 
 
 @pytest.mark.parametrize(
     "headers",
     [
         [],
-        [("authorization", "Bearer wrong")],
         [("authorization", "Basic acme-key")],
         [("authorization", "acme-key")],
         [("authorization", "Bearer")],
         [("x-tenant", "acme")],  # no gateway's key
-        [("x-tenant", "acme"), ("authorization", "Bearer wrong")],
         [("authorization", "Bearer gateway-key")],
+    ],
+)
+def test_whoever_brings_no_key_gets_the_default(headers):
+    assert who(*headers) == who(*headers, tenants=ANY) == "anonymous"
+    assert who(*headers, tenants=CLOSED) == 401
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("authorization", "Bearer wrong")],
+        [("x-tenant", "acme"), ("authorization", "Bearer wrong")],
         [("authorization", "Bearer gateway-key"), ("x-tenant", "nobody")],
         [("authorization", f"Bearer {hash_of('acme-key')}")],
         [("authorization", "Bearer " + "k" * 10_000)],
         [("authorization", "Bearer \xff\u00e9")],
     ],
 )
-def test_whoever_is_not_known_gets_the_default(headers):
-    assert who(*headers) == "anonymous"
-    assert who(*headers, tenants=CLOSED) == 401
+def test_a_key_that_nobody_has_is_refused_unless_the_file_says_otherwise(headers):
+    assert who(*headers) == who(*headers, tenants=CLOSED) == 401
+    assert who(*headers, tenants=ANY) == "anonymous"
 
 
 def test_a_tenants_key_outweighs_a_header_only_the_gateway_may_set():

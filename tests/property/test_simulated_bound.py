@@ -1,11 +1,13 @@
-"""The published bound on the service gap, in the simulated engine: chunks, decoding, reuse and all."""
+"""The published bounds, on the service gap and on what a quiet tenant waits, in the simulated engine: chunks, decoding,
+reuse and all."""
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare_sched.scheduling.fairness import Accounts, service_gap
+from kvshare_sched.scheduling.fairness import OUTPUT_PRICE, Accounts, service_gap
 from kvshare_sched.scheduling.queue import Queue
 from kvshare_sched.simulator.engine import Engine
 from kvshare_sched.simulator.profile import Profile
@@ -47,3 +49,46 @@ def test_two_backlogged_tenants_stay_within_the_gap(prompts, new, quantum, weigh
     assert len(gaps) > 1
     bound = service_gap(150 + 900, (most + 1) * new, quantum, min(weights))
     assert max(gaps) - min(gaps) <= bound
+
+
+# An engine on which a token of work takes the same time whatever it is, so that the bound is one in seconds.
+TOKEN_S = 0.001
+EVEN = Profile(
+    **{"pass_s": 0.0, "row_s": TOKEN_S, "key_s": 0.0, "copy_s": 0.0, "reuse_s": 0.0, "recompute": 0.18},
+    decode_s=((1, OUTPUT_PRICE * TOKEN_S), (64, 64 * OUTPUT_PRICE * TOKEN_S)),
+    **{"chunk": 512, "capacity": 100_000, "running": 64},
+)
+QUANTUM, WEIGHTS, DEAREST, NEW = 2000, {"quiet": 2.0, "flood": 1.0}, 900, 8
+
+
+def quiet_p95(policy: str, *, flooded: bool) -> tuple[float, float]:
+    """p95 time to first token of the quiet tenant, and what the others' quanta may add to it, seconds."""
+    rng = np.random.default_rng(3)
+    asked = [Request(2.0 * n, "quiet", f"q{n}", 0, (("handbook", 200), (f"question{n}", 40)), NEW) for n in range(100)]
+    if flooded:  # twice what the engine can do, each text once
+        asked += [
+            Request(0.45 * n, "flood", f"f{n}", 0, ((f"text{n}", int(rng.integers(500, DEAREST))),), NEW)
+            for n in range(440)
+        ]
+    queue, most = Queue(policy, Accounts(QUANTUM, WEIGHTS), 8, 50.0, 0.3), 0
+    first = []
+    for done in Engine(EVEN, queue).run(sorted(asked, key=lambda request: request.at_s)):
+        most = max(most, len(queue.running))
+        if done.tenant == "quiet":
+            first.append(done.first_s - done.due_s)
+    assert len(first) == 100
+    added = QUANTUM * WEIGHTS["flood"] + DEAREST + OUTPUT_PRICE * NEW * (most + 1)
+    return float(np.percentile(first, 95)), added * TOKEN_S
+
+
+def test_a_flood_of_unique_texts_adds_no_more_to_a_quiet_tenants_p95_than_is_published():
+    alone, _ = quiet_p95("fair", flooded=False)
+    flooded, added = quiet_p95("fair", flooded=True)
+    assert flooded <= alone + added
+
+
+def test_in_order_of_arrival_the_flood_does_add_more():
+    """The control of the test above."""
+    alone, _ = quiet_p95("fcfs", flooded=False)
+    flooded, added = quiet_p95("fcfs", flooded=True)
+    assert flooded > alone + 5 * added

@@ -82,6 +82,8 @@ def _write(obj, stamp: Stamp, extra_key: str, **more: object) -> None:
     text = stamp.to_text()
     more[SEAL_KEY] = seal_of(text, extra_key)
     if isinstance(obj.sampling_params, list):
+        if not obj.sampling_params:
+            raise ValueError("sampling_params must have an entry for every prompt, or be one object")
         obj.sampling_params = [_stamped(params, text, more) for params in obj.sampling_params]
     else:
         obj.sampling_params = _stamped(obj.sampling_params, text, more)
@@ -93,6 +95,8 @@ def _stamped(params, text: str, more: Mapping[str, object]) -> dict:
     custom = {} if custom is None else custom
     if not isinstance(custom, Mapping):
         raise ValueError("sampling_params and its custom_params must be objects")
+    if type(samples := params.get("n", 1)) is not int or samples < 1:
+        raise ValueError("n in sampling_params must be a whole number from 1")
     return {**params, "custom_params": {**custom, **more, STAMP_KEY: text}}
 
 

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.ollama.serving import OllamaServing
@@ -218,6 +220,26 @@ def test_more_than_a_quota_in_one_body_is_the_clients_fault(engine, path, body):
 @pytest.mark.parametrize("body", [{}, {"text": 3}, {"messages": "x", "model": 3}, {"session_params": {"id": "s"}}])
 def test_nonsense_is_the_clients_fault(engine, path, body):
     assert 400 <= post(engine, path, body, authorization="Bearer key").status_code < 500 and not engine.seen
+
+
+_ANY = st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5) | st.sampled_from([[], {}, [None], ["a"]])
+_OURS = {  # what the edge reads of a body, or writes into it
+    **dict.fromkeys(("extra_key", "cache_salt", "rid", "session_params", "session_id"), _ANY),
+    "priority": _ANY | st.sampled_from([2**70, -(2**70)]),
+    "sampling_params": _ANY
+    | st.fixed_dictionaries({}, optional={"n": _ANY, "custom_params": _ANY, "max_new_tokens": _ANY}),
+    "stream": st.booleans(),
+}
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.fixed_dictionaries({"text": st.sampled_from(["a", ["a", "b"]])}, optional=_OURS))
+def test_any_value_where_we_look_runs_as_its_sender_or_is_the_clients_fault(engine, body):
+    answer = post(engine, "/generate", body, authorization="Bearer other")
+    assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
+    for obj in engine.seen:
+        keys = obj.extra_key if isinstance(obj.extra_key, list) else [obj.extra_key]
+        assert set(keys) == {name_of("mark", "tenant", "globex")}
 
 
 # ---- how it is put in place ----

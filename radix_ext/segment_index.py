@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvshare_sched.tenants.namespaces import owner_of
-from kvshare_sched.tenants.quotas import DonorLimits, victim
+from kvshare_sched.tenants.quotas import DonorLimits, to_hold, victim
 from kvshare_sched.types import Namespace
 from radix_ext.hashing import window_hashes, winnow
 
@@ -133,15 +133,23 @@ class SegmentIndex:
     def _make_room(self, owner: str) -> None:
         limit = self.limits.get(owner)
         while limit is not None and limit.exceeded(self.owned[owner], self.entered[owner]):
-            self.remove(victim(self._by_age(), self.owned, self.limits, owner))
+            self.remove(victim(self._by_age(), self._covered, owner))
             self.left["quota"] += 1
         while self.tokens > self.capacity and len(self.donors) > 1:
-            self.remove(victim(self._by_age(), self.owned, self.limits))
+            self.remove(victim(self._by_age(), self._covered))
             self.left["limit"] += 1
 
     def _by_age(self):
-        """(id, owner, tokens), least recently used first."""
-        return ((donor.id, donor.owner, len(donor.tokens)) for donor in self.donors.values())
+        """(id, owner), least recently used first."""
+        return ((donor.id, donor.owner) for donor in self.donors.values())
+
+    def _covered(self, owner: str) -> frozenset[int]:
+        """Donors that the owner's guarantee covers."""
+        limit = self.limits.get(owner)
+        if limit is None or not limit.guaranteed:
+            return frozenset()
+        newest = ((donor.id, len(donor.tokens)) for donor in reversed(self.donors.values()) if donor.owner == owner)
+        return frozenset(to_hold(newest, limit.guaranteed))
 
     def _count(self, donor: Donor, tokens: int = 0, entries: int = 0) -> None:
         self.tokens += tokens

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from kvshare_sched.tenants.file import Tenant
@@ -92,32 +93,30 @@ class DonorLimits:
 
 
 def victim(
-    donors: Iterable[tuple[int, str, int]],
-    owned: Mapping[str, int],
-    limits: Mapping[str, DonorLimits],
-    owner: str | None = None,
+    donors: Iterable[tuple[int, str]], covered: Callable[[str], Container[int]], owner: str | None = None
 ) -> int | None:
     """The donor that leaves next; None when there is none.
 
-    donors: (id, owner, tokens), least recently used first; owned: tokens of each owner. With `owner`, one of its own;
-    without, the first whose owner keeps its guarantee. When everybody is within its guarantee (more was promised
-    than there is), the least recently used.
+    donors: (id, owner), least recently used first; covered: the donors of an owner that its guarantee covers, see
+    `to_hold`. With `owner`, one of its own; without, the first that no guarantee covers. When all are covered (more was
+    promised than there is), the least recently used.
     """
-    oldest = None
-    for donor_id, whose, tokens in donors:
+    oldest, known = None, functools.cache(covered)
+    for donor_id, whose in donors:
         if owner is not None:
             if whose == owner:
                 return donor_id
             continue
         oldest = donor_id if oldest is None else oldest
-        floor = limits[whose].guaranteed if whose in limits else 0
-        if owned[whose] - tokens >= floor:
+        if donor_id not in known(whose):
             return donor_id
     return oldest
 
 
 def to_hold(donors: Iterable[tuple[int, int]], guaranteed: int) -> list[int]:
-    """Which of an owner's donors are pinned, ids. donors: (id, tokens), most recently used first."""
+    """Which of an owner's donors a guarantee of so many tokens covers, ids; whole ones only. They stay in the index, and
+    pinned in the tree. donors: (id, tokens), most recently used first.
+    """
     held, left = [], guaranteed
     for donor_id, tokens in donors:
         if 0 < tokens <= left:

@@ -20,7 +20,7 @@ from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.log import BorrowLog
 from kvshare_sched.tenants.namespaces import DOCUMENTS, TENANT, name_of, within
 from kvshare_sched.tenants.policy import Stamp, lenders, stamp_of
-from kvshare_sched.tenants.quotas import DonorLimits, to_hold, victim
+from kvshare_sched.tenants.quotas import to_hold, victim
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
 from radix_ext.hashing import window_hashes
 
@@ -421,6 +421,18 @@ def test_without_a_guarantee_the_flood_pushes_everything_out():
     assert world.pipeline.index.owned["acme"] == 0
 
 
+def test_nobody_with_a_guarantee_of_its_own_pushes_out_what_is_guaranteed_to_another():
+    """Neither could lose a donor and still have as many tokens as it may count on."""
+    world = World(index_tokens=1700)
+    world.desk.learn(Stamp("acme", guaranteed=700), world.tree)
+    world.desk.learn(Stamp("globex", guaranteed=1000), world.tree)
+    world.donate(space("acme"), 1)
+    for seed in range(2, 9):
+        world.donate(space("globex"), seed)
+    assert dict(world.pipeline.index.owned) == {"acme": 605, "globex": 605}
+    assert world.ask("globex", prompt(8))[0].reused == 600, "its newest"
+
+
 def test_a_tenant_keeps_no_more_than_its_limit_and_loses_its_own_oldest(world):
     world.desk.learn(Stamp("acme", donor_tokens=1300), world.tree)
     world.donate(space("globex"), 9)
@@ -521,11 +533,17 @@ def test_a_flush_forgets_the_pins_with_the_tree(world):
     st.tuples(*(st.integers(0, 120),) * 3),
 )
 def test_whoever_leaves_first_is_beyond_its_guarantee_if_anybody_is(donors, floors):
-    rows = [(i, str(owner), tokens) for i, (owner, tokens) in enumerate(donors)]
-    owned = {name: sum(t for _, whose, t in rows if whose == name) for name in "012"}
-    limits = {name: DonorLimits(None, floor) for name, floor in zip("012", floors, strict=True)}
-    free = [i for i, whose, tokens in rows if owned[whose] - tokens >= limits[whose].guaranteed]
-    assert victim(rows, owned, limits) == (free[0] if free else rows[0][0] if rows else None)
+    rows = [(i, str(owner)) for i, (owner, _) in enumerate(donors)]
+
+    def covered(owner: str) -> list[int]:
+        mine = [(i, donors[i][1]) for i, whose in reversed(rows) if whose == owner]
+        return to_hold(mine, floors[int(owner)])
+
+    free = [i for i, whose in rows if i not in covered(whose)]
+    assert victim(rows, covered) == (free[0] if free else rows[0][0] if rows else None)
+    total = sum(tokens for _, tokens in donors)
+    assert free or total <= sum(floors), "whoever needs room finds some as long as no more is promised than there is"
+    assert victim(rows, covered, "1") == next((i for i, whose in rows if whose == "1"), None)
 
 
 @given(st.lists(st.integers(0, 50), max_size=10), st.integers(0, 100))

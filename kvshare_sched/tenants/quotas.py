@@ -114,7 +114,7 @@ def victim(
 
 
 def to_hold(donors: Iterable[tuple[int, int]], guaranteed: int) -> list[int]:
-    """Which of an owner's donors a guarantee of so many tokens covers, ids; whole ones only. They stay in the index, and
+    """Which of an owner's donors a guarantee of so many tokens covers, ids; whole ones only. They stay in the index and
     pinned in the tree. donors: (id, tokens), most recently used first.
     """
     held, left = [], guaranteed

@@ -54,6 +54,7 @@ class Session:
     told: ReusePlan | Reason | None = None  # what its client is told instead of the truth; None: the truth
     sources: dict[int, Source] = field(default_factory=dict)  # whom it borrows from, for the record
     tenant: str = ""  # as metrics name it; known of requests that cannot take part too
+    probe: bool = False  # SGLang's own health check
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     leases: dict[int, DonorLease] = field(default_factory=dict)
@@ -73,6 +74,11 @@ class Session:
     def own(self) -> bool:
         """Whether the server has sent it itself, to compute or to drop a document of the library."""
         return self.stamp is not None and bool(self.stamp.document)
+
+    @property
+    def of_client(self) -> bool:
+        """Whether metrics and pages speak of it, audits apart."""
+        return not (self.own or self.probe)
 
     @property
     def told_plan(self) -> ReusePlan | None:
@@ -384,8 +390,7 @@ class Pipeline:
             report = self.report_of(session)
             if session.on_report is not None:
                 session.on_report(self._for_client(session, report))
-            # Metrics speak of clients.
-            if self.metrics is not None and not (session.own or self.auditor.owns(session.rid)):
+            if self.metrics is not None and session.of_client and not self.auditor.owns(session.rid):
                 self.metrics.record(report, session.tenant)
             if session.sources and session.plan is not None:
                 ran = tuple(session.plan.clip(0, session.done_upto))  # an aborted request has used nothing of the rest

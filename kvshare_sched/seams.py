@@ -87,6 +87,8 @@ SEAMS = (
     Seam(f"{_CACHE}.reset"),
     Seam(f"{_CACHE}.path_device_indices", ("node",)),
     Seam(f"{_CACHE}.touch_prefix", ("key",)),
+    # not a client's request
+    Seam(f"{_SRT}.managers.utils.is_health_check_generate_req", ("recv_req",)),
     # read and pin donors
     Seam(f"{_TREE}.match_full_device_prefix", ("key",)),
     Seam(f"{_TREE}.inc_full_pin", ("node_id",)),

@@ -78,7 +78,7 @@ SERIES = (
     Series("counter", "repaired_tokens", "Prompt tokens whose KV was computed again while decoding."),
     Series("counter", "discovered_tokens", "Prompt tokens that could have been reused (mode discover)."),
     Series(
-        *("counter", "requests", "Requests by outcome and, when ordinary, the reason why."),
+        *("counter", "requests", "Requests by outcome and, when ordinary, the reason why; a retraction counts again."),
         labels=("outcome", "reason"),
         values=tuple((outcome.value, reason.value) for outcome, reason in LABELS),
     ),
@@ -139,7 +139,13 @@ SERIES = (
         labels=("strategy", "span"),
     ),
     Series("gauge", "target_kl_nats", "Mean KL the controller holds (KVSHARE_TARGET_KL).", across="max"),
-    Series("gauge", "controller_ratio", "Recompute ratio a tenant has.", **_TENANT, across="max"),
+    Series(
+        "gauge",
+        "controller_ratio",
+        "Recompute ratio of each tenant that has a name of its own.",
+        **_TENANT,
+        across="max",
+    ),
     Series(
         "gauge", "controller_off", "1 while reuse is off for a tenant that misses its target.", **_TENANT, across="max"
     ),

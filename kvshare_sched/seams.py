@@ -198,6 +198,11 @@ SEAMS = (
         ("server_args", "tokenizer_manager", "template_manager", "port_args", "scheduler_infos"),
     ),
     Seam(f"{_SRT}.entrypoints.http_server.app.add_middleware"),
+    # an event in SGLang's trace of a request
+    Seam(f"{_SRT}.observability.req_time_stats.ReqTimeStatsBase", ("trace_ctx",), kind="members"),
+    Seam(f"{_SRT}.observability.trace.TraceReqContext.trace_event", ("name", "level", "attrs")),
+    Seam(f"{_SRT}.observability.trace.TraceNullContext", ("tracing_enable",), kind="members"),
+    Seam(f"{_SRT}.observability.trace_async.TraceReqContextAsync.trace_event", ("name", "level", "attrs")),
     # pages beside /metrics
     Seam(f"{_SRT}.utils.common.add_prometheus_middleware", ("app",)),
     Seam(f"{_SRT}.runtime_context.get_serving"),

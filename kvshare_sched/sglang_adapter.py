@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kvshare_sched import explain
+from kvshare_sched import explain, tracing
 from kvshare_sched.audit import tenant_of
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import UnsupportedError
@@ -114,6 +114,12 @@ def attach_report(req, report, details: dict | None) -> None:
         req.customized_info = info | {REPORT_KEY: [report.to_json() | ({"details": details} if details else {})]}
 
 
+def _tell(req, session, index, report) -> None:
+    """The report is known: to the client with the answer, to the pages, and to SGLang's trace of the request."""
+    attach_report(req, report, _details(req, session, index))
+    tracing.mark(req, report)
+
+
 def _details(req, session, index) -> dict | None:
     """None for what no client has sent. Never raises: an answer with a report and no page beats no report."""
     if not session.of_client:
@@ -159,7 +165,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
             result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
-    session.on_report = lambda report: attach_report(req, report, _details(req, session, pipeline.index))
+    session.on_report = functools.partial(_tell, req, session, pipeline.index)
     pipeline.begin(session)
     return result
 

@@ -58,6 +58,7 @@ LAYERS = (
         "kvshare_sched.executor",
         "kvshare_sched.support",
         "kvshare_sched.explain",
+        "kvshare_sched.tracing",
         "kvshare_sched.live",
         "kvshare_sched.show",
     },

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from fakes import FakeTree
 from prometheus_client import CollectorRegistry
+from sglang.srt.observability import trace
 from test_pipeline import COSTS
 
 from kvshare_sched import sglang_adapter
@@ -26,6 +27,7 @@ def request(rid: str = "r", prompt: int = 5, wish: object = None, **more) -> Sim
         **{"retracted_stain": False, "input_embeds": None, "multimodal_inputs": None, "session": None},
         **{"positional_embed_overrides": None, "return_hidden_states": False, "return_pooled_hidden_states": False},
         **{"skip_radix_cache_insert": False, "return_logprob": False},
+        "time_stats": SimpleNamespace(trace_ctx=trace.TraceNullContext()),
         "sampling_params": SimpleNamespace(custom_params=None if wish is None else {"kvshare": wish}),
     }
     return SimpleNamespace(**made | more)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 
-from kvshare_sched import pages
+from kvshare_sched import recent
 
 _ATTRIBUTE = "kvshare_report"
 _RECENT = 8192  # answers whose report a stream may still ask for
@@ -24,7 +24,7 @@ def update_request_meta_info(original, manager, meta_info, state, customized_inf
         reports = [r for r in customized_info["kvshare"][index] or () if r is not None]
         if reports:
             if (details := reports[0].pop("details", None)) is not None:  # for our own pages only
-                pages.recent.remember(meta_info["id"], reports[0], details)
+                recent.requests.remember(meta_info["id"], reports[0], details)
             setattr(state, _ATTRIBUTE, reports[0])
             _recent[meta_info["id"]] = reports[0]
             while len(_recent) > _RECENT:

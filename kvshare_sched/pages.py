@@ -14,55 +14,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from urllib.parse import urlencode
 
-from kvshare_sched import explain, live, show
+from kvshare_sched import explain, live, recent, show
 from kvshare_sched.tenants.edge import caller_here
 from kvshare_sched.tenants.identity import Caller
 from kvshare_sched.tenants.namespaces import owner_of
 
-EACH, TENANTS = 256, 64  # requests of a tenant that are kept, and tenants
-RUNS = 4096  # runs of a tenant's prompts that are kept: a request has a few, or 256, which take 100 kB
 LISTED = 30  # latest requests on the live page
 _REFRESH_S = 5
 EXTRA_KEY, CACHE_SALT = "x-kvshare-extra-key", "x-kvshare-cache-salt"  # how a tenant says who it is
 _HEADERS = {"cache-control": "no-store", "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
-
-
-class Recent:
-    """The latest reports of every tenant, so that a busy one pushes out only its own.
-
-    The event loop writes while other threads read, so readers walk over copies.
-    """
-
-    def __init__(self, each: int = EACH, tenants: int = TENANTS):
-        self._each, self._tenants = each, tenants
-        self._of: OrderedDict[str, OrderedDict[str, dict]] = OrderedDict()
-
-    def remember(self, rid: str, report: dict, details: dict) -> None:
-        """report: ShareReport as JSON; details: `explain.details`."""
-        mine = self._of.setdefault(details["extra_key"], OrderedDict())
-        self._of.move_to_end(details["extra_key"])
-        mine.pop(rid, None)
-        mine[rid] = {"rid": rid, "report": report, "details": details}
-        runs = sum(len(record["details"]["runs"]) for record in mine.values())
-        while len(mine) > self._each or (runs > RUNS and len(mine) > 1):
-            runs -= len(mine.popitem(last=False)[1]["details"]["runs"])
-        while len(self._of) > self._tenants:
-            self._of.popitem(last=False)
-
-    def find(self, rid: str) -> list[dict]:
-        """What is kept of requests of this id, newest tenants first: clients choose ids, so two may choose the same."""
-        return [record for mine in reversed(list(self._of.values())) if (record := mine.get(rid)) is not None]
-
-    def latest(self, count: int) -> list[dict]:
-        """Some of the latest requests of the latest tenants, newest first."""
-        newest = (record for mine in reversed(list(self._of.values())) for record in reversed(list(mine.values())))
-        return [record for record, _ in zip(newest, range(count), strict=False)]
-
-
-recent = Recent()
 
 
 def may_see(record: dict, *, admin: bool, caller: Caller | None, extra_key: str, cache_salt: str) -> bool:
@@ -139,9 +101,9 @@ def _request(request):
 def _one(request, rid: str):
     who = {"extra_key": request.headers.get(EXTRA_KEY, ""), "cache_salt": request.headers.get(CACHE_SALT, "")}
     who |= {"admin": _is_admin(request), "caller": caller_here.get()}
-    record = next((found for found in recent.find(rid) if may_see(found, **who)), None)
+    record = next((found for found in recent.requests.find(rid) if may_see(found, **who)), None)
     if record is None:
-        told = f"not known: only the latest {EACH} requests of a tenant are kept, and shown to it and to admins"
+        told = f"not known: only the latest {recent.EACH} requests of a tenant are kept, and shown to it and to admins"
         return _json({"error": told}, 404)  # the same for both, or it would tell who has sent what
     return _html(request_page(record)) if _wants_html(request) else _json(record)
 
@@ -153,9 +115,9 @@ def _live(request):
         return _one(request, request.query_params["rid"])
     state = live.State(_own_samples())
     if _wants_html(request):
-        return _html(live_page(state, recent.latest(LISTED)))
+        return _html(live_page(state, recent.requests.latest(LISTED)))
     tables = {title: rows for title, _, rows in live.sections(state)}
-    return _json({"state": tables, "latest": [r["rid"] for r in recent.latest(LISTED)]})
+    return _json({"state": tables, "latest": [r["rid"] for r in recent.requests.latest(LISTED)]})
 
 
 def _own_samples() -> live.Samples:

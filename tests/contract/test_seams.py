@@ -59,6 +59,7 @@ LAYERS = (
         "kvshare_sched.support",
         "kvshare_sched.explain",
         "kvshare_sched.tracing",
+        "kvshare_sched.recent",
         "kvshare_sched.live",
         "kvshare_sched.show",
     },

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dashboards"))
 
 from engine import move  # noqa: E402
 
-from kvshare_sched import client_report, explain, live, pages, show, watch  # noqa: E402
+from kvshare_sched import client_report, explain, live, pages, recent, show, watch  # noqa: E402
 from kvshare_sched.cli import main  # noqa: E402
 from kvshare_sched.metrics import ShareMetrics  # noqa: E402
 from kvshare_sched.series import SERIES  # noqa: E402
@@ -51,10 +51,10 @@ def samples():
 
 @pytest.fixture
 def client(keys, samples, monkeypatch):
-    monkeypatch.setattr(pages, "recent", pages.Recent())
+    monkeypatch.setattr(recent, "requests", recent.Recent())
     monkeypatch.setattr(pages, "_own_samples", lambda: samples)
-    pages.recent.remember("r1", REPORT, details())
-    pages.recent.remember("r2", REPORT, details("green", "pepper"))
+    recent.requests.remember("r1", REPORT, details())
+    recent.requests.remember("r2", REPORT, details("green", "pepper"))
     return TestClient(Starlette(routes=pages.routes()))
 
 
@@ -205,29 +205,29 @@ def test_numbers_since_an_earlier_look(samples):
 
 
 def test_memory_is_bounded_and_a_busy_tenant_pushes_out_only_its_own():
-    recent = pages.Recent(each=3, tenants=2)
-    recent.remember("quiet", REPORT, details("quiet"))
+    kept = recent.Recent(each=3, tenants=2)
+    kept.remember("quiet", REPORT, details("quiet"))
     for n in range(10):
-        recent.remember(f"busy{n}", REPORT, details("busy"))
-    assert recent.find("quiet") and recent.find("busy9") and not recent.find("busy6")
-    assert [r["rid"] for r in recent.latest(9)] == ["busy9", "busy8", "busy7", "quiet"]
-    recent.remember("new", REPORT, details("new"))
-    assert not recent.find("quiet"), "the tenant that has been silent longest leaves"
+        kept.remember(f"busy{n}", REPORT, details("busy"))
+    assert kept.find("quiet") and kept.find("busy9") and not kept.find("busy6")
+    assert [r["rid"] for r in kept.latest(9)] == ["busy9", "busy8", "busy7", "quiet"]
+    kept.remember("new", REPORT, details("new"))
+    assert not kept.find("quiet"), "the tenant that has been silent longest leaves"
 
 
 def test_prompts_of_very_many_runs_are_kept_for_a_shorter_time(monkeypatch):
-    monkeypatch.setattr(pages, "RUNS", 10)
-    recent = pages.Recent()
+    monkeypatch.setattr(recent, "RUNS", 10)
+    kept = recent.Recent()
     for n in range(10):
-        recent.remember(f"r{n}", REPORT, details())  # three runs each
-    assert [r["rid"] for r in recent.latest(9)] == ["r9", "r8", "r7"]
-    recent.remember("many", REPORT, details() | {"runs": RUNS * 100})
-    assert [r["rid"] for r in recent.latest(9)] == ["many"], "the newest is always there"
+        kept.remember(f"r{n}", REPORT, details())  # three runs each
+    assert [r["rid"] for r in kept.latest(9)] == ["r9", "r8", "r7"]
+    kept.remember("many", REPORT, details() | {"runs": RUNS * 100})
+    assert [r["rid"] for r in kept.latest(9)] == ["many"], "the newest is always there"
 
 
 def test_two_tenants_that_choose_one_id_both_see_their_own(client, keys):
     keys.admin_api_key = "secret"
-    pages.recent.remember("r1", REPORT, details("green"))
+    recent.requests.remember("r1", REPORT, details("green"))
     for tenant in ("blue", "green"):
         found = client.get("/kvshare/requests/r1", headers={pages.EXTRA_KEY: tenant})
         assert found.json()["details"]["extra_key"] == tenant
@@ -237,7 +237,7 @@ def test_two_tenants_that_choose_one_id_both_see_their_own(client, keys):
 
 
 def test_an_id_that_is_no_text_breaks_no_page(client):
-    pages.recent.remember("half \ud800", REPORT, details())
+    recent.requests.remember("half \ud800", REPORT, details())
     assert "half ?" in client.get("/kvshare/", headers=BROWSER).text
     assert client.get("/kvshare/").json()["latest"][0] == "half \ud800"
 
@@ -267,11 +267,11 @@ def test_a_server_that_was_started_anew_counts_from_nothing(samples):
 
 
 def test_details_are_kept_for_the_page_and_never_reach_the_client(monkeypatch):
-    monkeypatch.setattr(pages, "recent", pages.Recent())
+    monkeypatch.setattr(recent, "requests", recent.Recent())
     meta, state, passed = {"id": "r9"}, SimpleNamespace(), []
     info = {"kvshare": [[REPORT | {"details": details()}]], "other": [[1]]}
     client_report.update_request_meta_info(lambda *a: passed.append(a), None, meta, state, info, 0, None)
-    assert meta["kvshare"] == REPORT and pages.recent.find("r9")[0]["details"] == details()
+    assert meta["kvshare"] == REPORT and recent.requests.find("r9")[0]["details"] == details()
     assert passed[0][3] == {"other": [[1]]}
 
 

@@ -24,7 +24,7 @@ from kvshare_sched.tenants.namespaces import owner_of
 LISTED = 30  # latest requests on the live page
 _REFRESH_S = 5
 EXTRA_KEY, CACHE_SALT = "x-kvshare-extra-key", "x-kvshare-cache-salt"  # how a tenant says who it is
-_HEADERS = {"cache-control": "no-store", "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
+HEADERS = {"cache-control": "no-store", "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
 
 def may_see(record: dict, *, admin: bool, caller: Caller | None, extra_key: str, cache_salt: str) -> bool:
@@ -62,13 +62,13 @@ def _line(report: dict) -> str:
 def _html(text: str):
     from starlette.responses import HTMLResponse
 
-    return HTMLResponse(text.encode(errors="replace"), headers=_HEADERS)  # ids of clients may be no Unicode
+    return HTMLResponse(text.encode(errors="replace"), headers=HEADERS)  # ids of clients may be no Unicode
 
 
 def _json(value: dict, status: int = 200):
     from starlette.responses import Response
 
-    return Response(json.dumps(value), status, _HEADERS, "application/json")
+    return Response(json.dumps(value), status, HEADERS, "application/json")
 
 
 def _wants_html(request) -> bool:

@@ -52,25 +52,29 @@ def spans(monkeypatch):
     return made
 
 
-def traced(level: int):
-    """A request in the scheduler, its first forward pass under way."""
+def waiting(level: int):
+    """A request in the scheduler's queue."""
     context = trace.TraceReqContext("r1", module_name="request", trace_level=level)
     context.trace_req_start()
     stats = req_time_stats.SchedulerReqTimeStats(trace_ctx=context)
-    stats.wait_queue_entry_time = stats.scheduler_recv_time = 1.0
-    stats.set_forward_entry_time(2.0)
+    stats.set_scheduler_recv_time()
+    stats.set_wait_queue_entry_time()
     return SimpleNamespace(rid="r1", time_stats=stats)
 
 
 @pytest.mark.parametrize("level", [1, 3])
-def test_the_report_is_an_event_of_the_span_in_which_it_was_made(spans, level):
-    req = traced(level)
-    tracing.mark(req, REPORT)
+@pytest.mark.parametrize(("ordinary", "place"), [(True, "prefill_waiting"), (False, "prefill_forward")])
+def test_the_report_is_an_event_of_the_span_in_which_it_was_made(spans, level, ordinary, place):
+    req = waiting(level)
+    if ordinary:  # told at admission
+        tracing.mark(req, REPORT)
+    req.time_stats.set_forward_entry_time()
+    if not ordinary:  # told when the last chunk has run
+        tracing.mark(req, REPORT)
     req.time_stats.set_prefill_finished_time()
     req.time_stats.set_completion_time()
-    (event,) = [(s.name, *event) for s in spans for event in s.events]
-    assert event[:2] == ("prefill_forward", "kvshare")
-    said = event[2]
+    ((name, said),) = [event for s in spans for event in s.events]
+    assert name == "kvshare" and [s.name for s in spans if s.events] == [place]
     assert (said["kvshare.exact"], said["kvshare.reused"], said["kvshare.fresh"]) == (5, 40, 12)
     assert (said["kvshare.recomputed"], said["kvshare.strategy"]) == (7, "consensus")
     assert (said["kvshare.outcome"], said["kvshare.reason"]) == ("reused", "none")
@@ -81,7 +85,7 @@ def test_the_report_is_an_event_of_the_span_in_which_it_was_made(spans, level):
 def test_nothing_where_tracing_is_off(spans):
     off = SimpleNamespace(rid="r", time_stats=req_time_stats.SchedulerReqTimeStats())
     assert isinstance(off.time_stats.trace_ctx, trace.TraceNullContext)
-    for req in (off, traced(level=0)):
+    for req in (off, waiting(level=0)):
         tracing.mark(req, REPORT)
     assert spans == []
 

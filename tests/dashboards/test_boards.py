@@ -82,7 +82,7 @@ def test_panels_lie_beside_each_other(name):
 def test_queries_name_only_series_that_exist():
     asked = {name for text in ASKED for name in re.findall(r"(?<![\w:])kvshare_\w+", text)}
     assert asked <= SAMPLES, asked - SAMPLES
-    recorded = {name for text in ASKED for name in re.findall(r"job:\w+:\w+", text)}
+    recorded = {name for text in ASKED for name in re.findall(r"(?:job|instance):\w+:\w+", text)}
     assert recorded == {r["record"] for r in RULES}
 
 

@@ -74,7 +74,9 @@ def test_recording_rules_give_numbers_and_no_rule_fails(scraped):
     rules = [r for group in prometheus.ask("rules")["groups"] for r in group["rules"]]
     assert {r["name"] for r in rules} >= set(ALERTS)
     assert [(r["name"], r["lastError"]) for r in rules if r["health"] == "err"] == []
-    shares = [v for _, points in prometheus.over("job:kvshare_reused_share:rate5m", start, end, 1) for _, v in points]
+    shares = [
+        v for _, points in prometheus.over("instance:kvshare_reused_share:rate5m", start, end, 1) for _, v in points
+    ]
     assert shares and all(v == pytest.approx(160 / (160 + len(REPORTS) * 50), abs=0.01) for v in shares)
 
 
@@ -100,15 +102,15 @@ PROVOKED = {
     ),
     "KVShareReuseStopped": (
         {
-            f"kvshare_enabled{{{JOB}}}": "1+0x600",
-            f'kvshare_prompt_tokens_total{{{JOB}, origin="reused"}}': LULL + "220 16800+0x300",
-            f'kvshare_prompt_tokens_total{{{JOB}, origin="fresh"}}': LULL + "520",
+            f"kvshare_enabled{{{AT}}}": "1+0x600",
+            f'kvshare_prompt_tokens_total{{{AT}, origin="reused"}}': LULL + "220 16800+0x300",
+            f'kvshare_prompt_tokens_total{{{AT}, origin="fresh"}}': LULL + "520",
         },
-        {"job": "sglang"},
+        {"job": "sglang", "instance": "a"},
         [
-            {f"kvshare_enabled{{{JOB}}}": "0+0x600"},
-            {f'kvshare_prompt_tokens_total{{{JOB}, origin="fresh"}}': LULL + "220 16800+0x300"},  # no prompts at all
-            {f'kvshare_prompt_tokens_total{{{JOB}, origin="reused"}}': "0+0x600"},  # there never was any
+            {f"kvshare_enabled{{{AT}}}": "0+0x600"},
+            {f'kvshare_prompt_tokens_total{{{AT}, origin="fresh"}}': LULL + "220 16800+0x300"},  # no prompts at all
+            {f'kvshare_prompt_tokens_total{{{AT}, origin="reused"}}': "0+0x600"},  # there never was any
         ],
     ),
     "KVShareLeasesNotReturning": (

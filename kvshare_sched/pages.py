@@ -136,7 +136,7 @@ def routes() -> list:
     from starlette.routing import Route
 
     auth_level(AuthLevel.ADMIN_OPTIONAL)(_live)  # else SGLang's middleware turns the admin's key away
-    return [Route("/kvshare/", _live), Route("/kvshare/requests/{rid}", _request)]
+    return [Route("/kvshare/", _live), Route("/kvshare/requests/{rid:path}", _request)]
 
 
 def add_prometheus_middleware(original, app):

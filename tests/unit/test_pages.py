@@ -88,6 +88,11 @@ def test_a_request_as_html_needs_nothing_else_and_runs_nothing(client):
     assert "&lt;b&gt;evil&lt;/b&gt;" in text and explain.WHY[Reason.NONE] in text
 
 
+def test_an_id_with_a_slash_is_found_too(client):
+    recent.requests.remember("a/../b", REPORT, details())
+    assert client.get("/kvshare/requests/a%2F..%2Fb").json()["rid"] == "a/../b"
+
+
 def test_a_request_as_json(client):
     assert client.get("/kvshare/requests/r1").json() == {"rid": "r1", "report": REPORT, "details": details()}
 

@@ -85,7 +85,12 @@ SERIES = (
         values=tuple((outcome.value, reason.value) for outcome, reason in LABELS),
     ),
     Series("counter", "prefill_cells", "(Layer x token) cells computed in prefill."),
-    Series("counter", "phase_seconds", "Seconds spent on reuse.", **_with(phase=PHASES)),
+    Series(
+        "counter",
+        "phase_seconds",
+        "Seconds of requests that reuse; recompute: of all rows that run.",
+        **_with(phase=PHASES),
+    ),
     Series(
         "counter", "saved_prefill_seconds", "Prefill seconds that reuse saved, by the cost model; where it saved any."
     ),

@@ -5,30 +5,23 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import generate
 import pytest
+import render
 import requests
 from harness import LOGS, SYSTEMS, chat, sections
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "dashboards"))
-
-import generate  # noqa: E402
-import local_prometheus  # noqa: E402
-import render  # noqa: E402
-
-from kvshare_sched.cli import main  # noqa: E402
-from kvshare_sched.series import ORIGINS, SERIES  # noqa: E402
+from kvshare_sched.cli import main
+from kvshare_sched.series import ORIGINS, SERIES
 
 ENVIRONMENT = {"KVSHARE_AUDIT_SHARE": "0.3", "KVSHARE_REPAIR_ROWS": "2"}
 DOCS = sections()
 TENANTS = ("blue", "green", "red")
 EACH = 8  # requests of a tenant
-WITH_FILE = [p["title"] for p in generate.boards()["tenants"]["rows"]["With a tenants file"]]  # the server has none
+WITH_FILE = [p["title"] for p in generate.boards()["tenants"]["rows"]["With a tenants file"]]  # see test_tenants.py
 BROWSER = {"accept": "text/html"}
 
 
@@ -51,7 +44,7 @@ def load(server) -> tuple[list[dict], int]:
 
 
 @pytest.fixture(scope="module")
-def played(server, tmp_path_factory):
+def played(server, local_prometheus, tmp_path_factory):
     """(Prometheus, start, end, answers, the origins counted meanwhile, prompt tokens sent)."""
     target = server.url.removeprefix("http://")
     before, started = server.origins(), time.time()

@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter
 
 _STEPS = 120  # points of a curve
 _SERIES = 14  # curves of a panel that are drawn, the largest ones
-_INCH = 0.62  # of one grid row
+_INCH = 0.38  # of one grid row
 _WORDS = {"reqps": " req/s", "cps": " /s", "s": " s", "short": ""}
 
 
@@ -48,55 +48,62 @@ def legend(text: str, labels: dict) -> str:
     return re.sub(r"{{(\w+)}}", lambda found: labels.get(found[1], ""), text).strip()
 
 
-def curves(prometheus: Prometheus, panel: dict, start: float, end: float, rate: str) -> dict[str, list]:
-    """Legend -> points of every series a panel shows; the ones with the largest last values come first."""
-    found: dict[str, list] = {}
+def curves(prometheus: Prometheus, panel: dict, times: range, rate: str) -> dict[str, np.ndarray]:
+    """Legend -> values at these times (seconds; NaN where there is none) of the series a panel shows, by name.
+
+    Of too many those with the largest last values are kept.
+    """
+    found: dict[str, dict] = {}
     for name, text in panel["queries"].items():
         query = promql(text, job=".*", tenant=".*", rate=rate)
-        for labels, points in prometheus.over(query, start, end, max(1.0, (end - start) / _STEPS)):
-            found[legend(name, labels)] = points
-    return dict(sorted(found.items(), key=lambda item: -item[1][-1][1])[:_SERIES])
+        for labels, points in prometheus.over(query, times.start, times[-1], times.step):
+            found[legend(name, labels)] = dict(points)
+    largest = sorted(found, key=lambda name: -list(found[name].values())[-1])[:_SERIES]
+    return {name: np.array([found[name].get(t, np.nan) for t in times]) for name in sorted(largest)}
 
 
-def _stat(axes, panel: dict, found: dict, columns: int) -> None:
+def _stat(axes, panel: dict, times: range, found: dict) -> None:
     axes.axis("off")
-    (points,) = list(found.values()) or [[]]
-    text = number(points[-1][1], panel["unit"]) if points else "no data"
+    text = "no data"
+    for values in found.values():
+        text = number(values[~np.isnan(values)][-1], panel["unit"])
     axes.text(0.5, 0.45, text, ha="center", va="center", fontsize=22, color="#2a6f4e")
 
 
-def _series(axes, panel: dict, found: dict, columns: int) -> None:
-    if not found:
-        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="#999999")
+def _series(axes, panel: dict, times: range, found: dict) -> None:
+    at = np.array(times, "datetime64[s]")
     if panel.get("stack") and found:
-        times = sorted({t for points in found.values() for t, _ in points})
-        heights = [[dict(points).get(t, 0.0) for t in times] for points in found.values()]
-        axes.stackplot(_clock(times), np.array(heights), labels=list(found), alpha=0.75)
+        axes.stackplot(at, np.nan_to_num(np.array(list(found.values()))), labels=list(found), alpha=0.75)
     else:
-        for name, points in found.items():
-            axes.plot(_clock([t for t, _ in points]), [v for _, v in points], label=name, linewidth=1.4)
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(0.0, low), high + 0.04 * (high - low))
+        for name, values in found.items():
+            axes.plot(at, values, label=name, linewidth=1.4)
+    low, high = min(0.0, axes.dataLim.y0), max(0.0, axes.dataLim.y1)  # nothing drawn: +inf, -inf
+    span = high - low or 1.0
+    axes.set_ylim(low - (0.05 * span if low else 0), low + 1.08 * span)
+    if panel["unit"] == "bool_yes_no":
+        axes.set_yticks([0, 1])
+    axes.set_xlim(at[0], at[-1])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, panel["unit"])))
-    axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M"))
     axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=3, maxticks=6))
+    axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M" if times[-1] - times[0] > 600 else "%H:%M:%S"))
     axes.grid(alpha=0.25)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(labelsize=8)
     if found:
-        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=columns, frameon=False)
-
-
-def _clock(times: list[float]) -> np.ndarray:
-    return np.array([np.datetime64(int(1000 * t), "ms") for t in times])
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.11), "frameon": False}
+        axes.legend(fontsize=7.5, ncols=4 if len(found) != 6 else 3, columnspacing=1.2, **place)
+    else:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="#999999")
 
 
 def draw(prometheus: Prometheus, name: str, path: Path, start: float, end: float, rate: str) -> list[str]:
-    """One board as a picture; returns the titles of panels without data."""
+    """One board as a picture; returns the titles of panels without data. start, end: seconds since 1970."""
+    times = range(int(start), int(end) + 1, max(1, int((end - start) / _STEPS)))
     board = boards()[name]
     by_title = {panel["title"]: panel for row in board["rows"].values() for panel in row}
     placed = dashboard(name, board)["panels"]
     rows = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in placed)
-    figure = plt.figure(figsize=(14, rows * _INCH * 0.62 + 0.5))
+    figure = plt.figure(figsize=(12.5, rows * _INCH + 0.5))
     figure.suptitle(board["title"], fontsize=14, y=0.995)
     top, empty = 1 - 0.45 / figure.get_figheight(), []
     for made in placed:
@@ -104,13 +111,13 @@ def draw(prometheus: Prometheus, name: str, path: Path, start: float, end: float
         left, width = at["x"] / 24, at["w"] / 24
         bottom, height = top * (1 - (at["y"] + at["h"]) / rows), top * at["h"] / rows
         if made["type"] == "row":
-            figure.text(0.01, bottom + 0.3 * height, made["title"], fontsize=11, fontweight="bold", color="#444444")
+            figure.text(0.01, bottom + 0.3 * height, made["title"], fontsize=12, fontweight="bold", color="#444444")
             continue
-        axes = figure.add_axes((left + 0.06, bottom + 0.27 * height, width - 0.07, height * 0.6))
-        axes.set_title(made["title"], fontsize=9)
+        axes = figure.add_axes((left + 0.07, bottom + 0.25 * height, width - 0.085, height * 0.63))
+        axes.set_title(made["title"], fontsize=10)
         panel = by_title[made["title"]]
-        found = curves(prometheus, panel, start, end, rate)
-        (_stat if made["type"] == "stat" else _series)(axes, panel, found, at["w"] // 3 + 1)
+        found = curves(prometheus, panel, times, rate)
+        (_stat if made["type"] == "stat" else _series)(axes, panel, times, found)
         if not found:
             empty.append(made["title"])
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,7 @@ def _bench(options, rest: list[str]) -> int:
         repeats=options.repeats,
         sockets=options.sockets,
         slo=Slo(options.slo_ttft, options.slo_tpot),
+        check_counts=options.check_counts,
         model_path=options.model_path,
         out=options.out,
         server_arguments=rest,
@@ -193,6 +194,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--sockets", type=int, default=256, help="open at once; further requests wait on this side")
     bench.add_argument("--slo-ttft", type=float, default=5.0, help="seconds to the first token that are good enough")
     bench.add_argument("--slo-tpot", type=float, default=0.5, help="seconds a later token that are good enough")
+    bench.add_argument(
+        "--check-counts",
+        action="store_true",
+        help="with --url, on a server nobody else uses: exit with 1 unless answers and /metrics count the same tokens",
+    )
     bench.add_argument("--model-path", help="a model folder; without it the embedded model")
     bench.add_argument("--out", default="out/bench", help="folder for raw rows, report.json, report.md and pictures")
     bench.set_defaults(run=_bench, passes_through=True)

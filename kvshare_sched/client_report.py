@@ -12,7 +12,7 @@ import json
 import time
 from collections import OrderedDict
 
-from kvshare_sched import pages
+from kvshare_sched import recent
 from kvshare_sched.tenants.hold import DELAY, HOLD_KEY, Hold, delay_s
 
 _ATTRIBUTE = "kvshare_report"
@@ -28,7 +28,7 @@ def update_request_meta_info(original, manager, meta_info, state, customized_inf
             setattr(state, DELAY, delay_s(Hold(*reports[0][HOLD_KEY]), time.perf_counter()))
         elif reports:
             if (details := reports[0].pop("details", None)) is not None:  # for our own pages only
-                pages.recent.remember(meta_info["id"], reports[0], details)
+                recent.requests.remember(meta_info["id"], reports[0], details)
             setattr(state, _ATTRIBUTE, reports[0])
             _recent[meta_info["id"]] = reports[0]
             while len(_recent) > _RECENT:

@@ -1,6 +1,6 @@
 """One request explained: where every prompt token came from, whose KV stood in, what was expected and what it cost.
 
-`details` is made in the scheduler, travels with the report and is kept by the process that talks HTTP (`pages.py`);
+`details` is made in the scheduler, travels with the report and is kept by the process that talks HTTP (`recent.py`);
 `sections` says it in words. Prompts themselves are never kept.
 """
 
@@ -68,7 +68,7 @@ def _lender(place, namespace: Namespace, index) -> dict:
 
 
 def sections(record: dict) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
-    """(title, column heads, rows) of the tables that tell what became of a request. record: `pages.Recent` keeps it."""
+    """(title, column heads, rows) of the tables that tell what became of a request. record: of `recent.Recent`."""
     report, found = record["report"], record["details"]
     prompt = sum(report[o] for o in ORIGINS)
     tokens = [(o, report[o], f"{100 * report[o] / max(1, prompt):.1f} %") for o in ORIGINS]

@@ -22,7 +22,10 @@ def samples_of(families: Iterable) -> Samples:
 
 
 class State:
-    """Questions about one look at the metrics; `before`: an earlier look, to count only what has happened since."""
+    """Questions about one look at the metrics; `before`: an earlier look, to count only what has happened since.
+
+    A counter that is lower than before has started over with its server, and counts from nothing.
+    """
 
     def __init__(self, samples: Samples, before: Samples | None = None):
         self.samples, self.before = samples, before
@@ -34,11 +37,16 @@ class State:
     def grown(self, name: str, **labels: str) -> float:
         """What a counter has counted since the earlier look, or since the start."""
         name = f"{PREFIX}{name}_total"
-        return _sum(self.samples, name, labels) - (_sum(self.before, name, labels) if self.before else 0.0)
+        now, then = _sum(self.samples, name, labels), _sum(self.before, name, labels) if self.before else 0.0
+        return now - then if now >= then else now
 
-    def sglang(self, name: str) -> float:
-        """One of SGLang's gauges; the largest of its ranks."""
-        return max((value for _, value in self.samples.get(_SGLANG + name, ())), default=0.0)
+    def sglang(self, name: str) -> list[float]:
+        """One of SGLang's gauges for each engine, of which every tensor-parallel rank may show one."""
+        engines: dict[tuple, float] = {}
+        for labels, value in self.samples.get(_SGLANG + name, ()):
+            engine = tuple(sorted((k, v) for k, v in labels.items() if k != "tp_rank"))
+            engines[engine] = max(value, engines.get(engine, 0.0))
+        return list(engines.values())
 
     def values(self, name: str, label: str) -> list[str]:
         """Values of a label, in order of their first appearance."""
@@ -82,7 +90,7 @@ def _reuse(s: State) -> list[tuple]:
 def _queue(s: State) -> list[tuple]:
     waiting = [(f"waiting, {_WAITS[w]}", _n(s.now("waiting_requests", **{"for": w}))) for w in WAITS]
     return [
-        ("running", _n(s.sglang("num_running_reqs"))),
+        ("running", _n(sum(s.sglang("num_running_reqs")))),
         *waiting,
         ("oldest wait", f"{s.now('oldest_wait_seconds'):.1f} s"),
         ("passes ordered, failed", f"{_n(s.grown('order_passes'))}, {_n(s.grown('order_passes', result='failed'))}"),
@@ -99,7 +107,7 @@ def _index(s: State) -> list[tuple]:
         ("memory", f"{s.now('index_bytes') / 1e6:.1f} MB"),
         ("donors gone", left),
         ("leases held", _n(s.now("leases_held"))),
-        ("KV pool in use", _share(s.sglang("token_usage"), 1)),
+        ("KV pool in use", _share(max(s.sglang("token_usage"), default=0.0), 1)),
     ]
 
 

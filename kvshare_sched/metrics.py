@@ -88,7 +88,7 @@ class ShareMetrics(_Recorder):
             self._of("audit_agreement", (config.strategy, span))
 
     def record(self, report: ShareReport, tenant: str = "") -> None:
-        """Count one request; a prompt that runs again after a retraction counts its tokens only once."""
+        """Count one request; one that runs again after a retraction counts as a request, but its tokens only once."""
         tenant = self._named(tenant)
         self._add("requests", 1, report.outcome.value, report.reason.value)
         self._add("tenant_requests", 1, tenant, report.outcome.value)
@@ -155,9 +155,10 @@ class AuditMetrics(_Recorder):
             self._see("audit_agreement", same, strategy, span)
 
     def controlled(self, tenant: str, ratio: float, off: bool) -> None:
-        """Show what is in force for a tenant."""
-        self._set("controller_ratio", ratio, self._named(tenant))
-        self._set("controller_off", off, self._named(tenant))
+        """Show what is in force for a tenant. Tenants beyond the first are not: one gauge cannot stand for many."""
+        if (name := self._named(tenant)) != OTHER:
+            self._set("controller_ratio", ratio, name)
+            self._set("controller_off", off, name)
 
     def shut(self) -> None:
         """Count a donor removed for the harm it did."""
@@ -217,7 +218,7 @@ class _Names:
         self._seen: set[str] = set()
 
     def __call__(self, tenant: str) -> str:
-        tenant = tenant[:_NAME] or DEFAULT
+        tenant = tenant[:_NAME].encode(errors="replace").decode() or DEFAULT  # half a surrogate pair is no label
         if len(self._seen) < TENANTS:
             self._seen.add(tenant)
         return tenant if tenant in self._seen else OTHER

@@ -12,55 +12,19 @@ HTML for browsers, JSON for everybody else (by the Accept header). What is known
 
 from __future__ import annotations
 
-import logging
+import json
 import os
-from collections import OrderedDict
 from urllib.parse import urlencode
 
-from kvshare_sched import explain, live, show
+from kvshare_sched import explain, live, recent, show
 from kvshare_sched.tenants.edge import caller_here
 from kvshare_sched.tenants.identity import Caller
 from kvshare_sched.tenants.namespaces import owner_of
 
-logger = logging.getLogger(__name__)
-EACH, TENANTS = 256, 64  # requests of a tenant that are kept, and tenants
 LISTED = 30  # latest requests on the live page
 _REFRESH_S = 5
 EXTRA_KEY, CACHE_SALT = "x-kvshare-extra-key", "x-kvshare-cache-salt"  # how a tenant says who it is
-
-
-class Recent:
-    """The latest reports of every tenant, so that a busy one pushes out only its own.
-
-    The event loop writes while other threads read, so readers walk over copies.
-    """
-
-    def __init__(self, each: int = EACH, tenants: int = TENANTS):
-        self._each, self._tenants = each, tenants
-        self._of: OrderedDict[str, OrderedDict[str, dict]] = OrderedDict()
-
-    def remember(self, rid: str, report: dict, details: dict) -> None:
-        """report: ShareReport as JSON; details: `explain.details`."""
-        mine = self._of.setdefault(details["extra_key"], OrderedDict())
-        self._of.move_to_end(details["extra_key"])
-        mine.pop(rid, None)
-        mine[rid] = {"rid": rid, "report": report, "details": details}
-        while len(mine) > self._each:
-            mine.popitem(last=False)
-        while len(self._of) > self._tenants:
-            self._of.popitem(last=False)
-
-    def find(self, rid: str) -> dict | None:
-        """What is kept of a request, whoever sent it."""
-        return next((record for mine in list(self._of.values()) if (record := mine.get(rid)) is not None), None)
-
-    def latest(self, count: int) -> list[dict]:
-        """Some of the latest requests of the latest tenants, newest first."""
-        newest = (record for mine in reversed(list(self._of.values())) for record in reversed(list(mine.values())))
-        return [record for record, _ in zip(newest, range(count), strict=False)]
-
-
-recent = Recent()
+HEADERS = {"cache-control": "no-store", "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
 
 def may_see(record: dict, *, admin: bool, caller: Caller | None, extra_key: str, cache_salt: str) -> bool:
@@ -80,7 +44,9 @@ def request_page(record: dict) -> str:
 
 def live_page(state: live.State, latest: list[dict]) -> str:
     """The live state as HTML; it refreshes itself."""
-    links = [(f"?{urlencode({'rid': r['rid']})}", f"{r['rid']}: {_line(r['report'])}") for r in latest]
+    links = [
+        (f"?{urlencode({'rid': r['rid']}, errors='replace')}", f"{r['rid']}: {_line(r['report'])}") for r in latest
+    ]
     body = show.html_tables(live.sections(state)) + show.html_links("Latest requests", links)
     return show.html_page("kvshare", body, refresh_s=_REFRESH_S)
 
@@ -91,6 +57,18 @@ def _line(report: dict) -> str:
 
 
 # ---- HTTP ----
+
+
+def _html(text: str):
+    from starlette.responses import HTMLResponse
+
+    return HTMLResponse(text.encode(errors="replace"), headers=HEADERS)  # ids of clients may be no Unicode
+
+
+def _json(value: dict, status: int = 200):
+    from starlette.responses import Response
+
+    return Response(json.dumps(value), status, HEADERS, "application/json")
 
 
 def _wants_html(request) -> bool:
@@ -121,28 +99,25 @@ def _request(request):
 
 
 def _one(request, rid: str):
-    from starlette.responses import HTMLResponse, JSONResponse
-
-    record = recent.find(rid)
-    named = {"extra_key": request.headers.get(EXTRA_KEY, ""), "cache_salt": request.headers.get(CACHE_SALT, "")}
-    if record is None or not may_see(record, admin=_is_admin(request), caller=caller_here.get(), **named):
-        told = f"not known: only the latest {EACH} requests of a tenant are kept, and shown to it and to admins"
-        return JSONResponse({"error": told}, 404)  # the same for both, or it would tell who has sent what
-    return HTMLResponse(request_page(record)) if _wants_html(request) else JSONResponse(record)
+    who = {"extra_key": request.headers.get(EXTRA_KEY, ""), "cache_salt": request.headers.get(CACHE_SALT, "")}
+    who |= {"admin": _is_admin(request), "caller": caller_here.get()}
+    record = next((found for found in recent.requests.find(rid) if may_see(found, **who)), None)
+    if record is None:
+        told = f"not known: only the latest {recent.EACH} requests of a tenant are kept, and shown to it and to admins"
+        return _json({"error": told}, 404)  # the same for both, or it would tell who has sent what
+    return _html(request_page(record)) if _wants_html(request) else _json(record)
 
 
 def _live(request):
-    from starlette.responses import HTMLResponse, JSONResponse
-
     if not _is_admin(request):
-        return JSONResponse({"error": "for admins"}, 401)
+        return _json({"error": "for admins"}, 401)
     if "rid" in request.query_params:
         return _one(request, request.query_params["rid"])
     state = live.State(_own_samples())
     if _wants_html(request):
-        return HTMLResponse(live_page(state, recent.latest(LISTED)))
+        return _html(live_page(state, recent.requests.latest(LISTED)))
     tables = {title: rows for title, _, rows in live.sections(state)}
-    return JSONResponse({"state": tables, "latest": [r["rid"] for r in recent.latest(LISTED)]})
+    return _json({"state": tables, "latest": [r["rid"] for r in recent.requests.latest(LISTED)]})
 
 
 def _own_samples() -> live.Samples:
@@ -161,7 +136,7 @@ def routes() -> list:
     from starlette.routing import Route
 
     auth_level(AuthLevel.ADMIN_OPTIONAL)(_live)  # else SGLang's middleware turns the admin's key away
-    return [Route("/kvshare/", _live), Route("/kvshare/requests/{rid}", _request)]
+    return [Route("/kvshare/", _live), Route("/kvshare/requests/{rid:path}", _request)]
 
 
 def add_prometheus_middleware(original, app):

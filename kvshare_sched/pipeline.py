@@ -183,8 +183,7 @@ class Pipeline:
             report = session.report(self.costs)
             if session.on_report is not None:
                 session.on_report(self._for_client(session, report))
-            # Metrics speak of clients.
-            if self.metrics is not None and not (session.own or self.auditor.owns(session.rid)):
+            if self.metrics is not None and session.of_client and not self.auditor.owns(session.rid):
                 self.metrics.record(report, session.tenant)
             if session.sources and session.plan is not None:
                 ran = tuple(session.plan.clip(0, session.done_upto))  # an aborted request has used nothing of the rest

@@ -89,6 +89,14 @@ def add_chunked_req(original, adder, req, *args, **kwargs):
     return result
 
 
+def on_idle(original, scheduler, *args, **kwargs):
+    """Around `Scheduler.on_idle`: clients that gave up while they waited are not shown as waiting for ever."""
+    queue = getattr(scheduler.tree_cache, "queue", None)
+    if queue is not None and queue.waits and scheduler.is_fully_idle():
+        queue.idle()
+    return original(scheduler, *args, **kwargs)
+
+
 def hooks() -> dict[str, object]:
     """Seam -> hook body, all of kind AROUND."""
     adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
@@ -99,4 +107,5 @@ def hooks() -> dict[str, object]:
         f"{adder}.add_one_req": add_one_req,
         f"{adder}.add_chunked_req": add_chunked_req,
         f"{adder}.preempt_to_schedule": preempt_to_schedule,
+        "sglang.srt.managers.scheduler.Scheduler.on_idle": on_idle,
     }

@@ -87,6 +87,8 @@ SEAMS = (
     Seam(f"{_CACHE}.reset"),
     Seam(f"{_CACHE}.path_device_indices", ("node",)),
     Seam(f"{_CACHE}.touch_prefix", ("key",)),
+    # not a client's request
+    Seam(f"{_SRT}.managers.utils.is_health_check_generate_req", ("recv_req",)),
     # read and pin donors
     Seam(f"{_TREE}.match_full_device_prefix", ("key",)),
     Seam(f"{_TREE}.inc_full_pin", ("node_id",)),
@@ -198,6 +200,11 @@ SEAMS = (
         ("server_args", "tokenizer_manager", "template_manager", "port_args", "scheduler_infos"),
     ),
     Seam(f"{_SRT}.entrypoints.http_server.app.add_middleware"),
+    # an event in SGLang's trace of a request
+    Seam(f"{_SRT}.observability.req_time_stats.ReqTimeStatsBase", ("trace_ctx",), kind="members"),
+    Seam(f"{_SRT}.observability.trace.TraceReqContext.trace_event", ("name", "level", "attrs")),
+    Seam(f"{_SRT}.observability.trace.TraceNullContext", ("tracing_enable",), kind="members"),
+    Seam(f"{_SRT}.observability.trace_async.TraceReqContextAsync.trace_event", ("name", "level", "attrs")),
     # pages beside /metrics
     Seam(f"{_SRT}.utils.common.add_prometheus_middleware", ("app",)),
     Seam(f"{_SRT}.runtime_context.get_serving"),

@@ -78,18 +78,21 @@ SERIES = (
     Series("counter", "repaired_tokens", "Prompt tokens whose KV was computed again while decoding."),
     Series("counter", "discovered_tokens", "Prompt tokens that could have been reused (mode discover)."),
     Series(
-        *("counter", "requests", "Requests by outcome and, when ordinary, the reason why."),
+        "counter",
+        "requests",
+        "Requests by outcome and, when ordinary, the reason why; a retraction counts again.",
         labels=("outcome", "reason"),
         values=tuple((outcome.value, reason.value) for outcome, reason in LABELS),
     ),
     Series("counter", "prefill_cells", "(Layer x token) cells computed in prefill."),
-    Series("counter", "phase_seconds", "Seconds spent on reuse.", **_with(phase=PHASES)),
     Series(
-        *(
-            "counter",
-            "saved_prefill_seconds",
-            "Prefill seconds that reuse saved, by the cost model; where it saved any.",
-        )
+        "counter",
+        "phase_seconds",
+        "Seconds of requests that reuse; recompute: of all rows that run.",
+        **_with(phase=PHASES),
+    ),
+    Series(
+        "counter", "saved_prefill_seconds", "Prefill seconds that reuse saved, by the cost model; where it saved any."
     ),
     Series(
         "counter", "lost_prefill_seconds", "Prefill seconds that reuse cost, by the cost model; where it cost more."
@@ -101,11 +104,9 @@ SERIES = (
     Series("gauge", "index_bytes", "Memory of the index, estimated from tokens and places."),
     Series("gauge", "index_limit_tokens", "Donor tokens the index may hold (KVSHARE_INDEX_TOKENS)."),
     Series(
-        *(
-            "counter",
-            "donors_left",
-            "Donors gone: limit of the index, of their tenant, evicted by SGLang's tree, flushed.",
-        ),
+        "counter",
+        "donors_left",
+        "Donors gone: limit of the index, of their tenant, evicted by SGLang's tree, flushed.",
         **_with(reason=LEFT),
     ),
     # by tenant
@@ -116,30 +117,40 @@ SERIES = (
     ),
     # quality
     Series(
-        *("counter", "audits", "Audits by result and, unless done, the reason why."),
+        "counter",
+        "audits",
+        "Audits by result and, unless done, the reason why.",
         labels=("result", "reason"),
         values=AUDIT_RESULTS,
     ),
     Series("counter", "audit_tokens", "Tokens spent on audits, cached ones included."),
     Series(
-        *("counter", "audit_prefill_seconds", "Seconds of audits' full prefills: by the clock, by the cost model."),
+        "counter",
+        "audit_prefill_seconds",
+        "Seconds of audits' full prefills: by the clock, by the cost model.",
         **_with(by=("clock", "model")),
     ),
     Series(
-        *(
-            "histogram",
-            "audit_kl_nats",
-            "KL(full || approximate) of audited answers: first token, mean over those sent.",
-        ),
+        "histogram",
+        "audit_kl_nats",
+        "KL(full || approximate) of audited answers: first token, mean over those sent.",
         labels=("strategy", "span"),
     ),
     Series("summary", "tenant_audit_kl_nats", "The same by tenant.", ("tenant", "span")),
     Series(
-        *("summary", "audit_agreement", "Share of positions with the same likeliest token as full prefill."),
+        "summary",
+        "audit_agreement",
+        "Share of positions with the same likeliest token as full prefill.",
         labels=("strategy", "span"),
     ),
     Series("gauge", "target_kl_nats", "Mean KL the controller holds (KVSHARE_TARGET_KL).", across="max"),
-    Series("gauge", "controller_ratio", "Recompute ratio a tenant has.", **_TENANT, across="max"),
+    Series(
+        "gauge",
+        "controller_ratio",
+        "Recompute ratio of each tenant that has a name of its own.",
+        **_TENANT,
+        across="max",
+    ),
     Series(
         "gauge", "controller_off", "1 while reuse is off for a tenant that misses its target.", **_TENANT, across="max"
     ),
@@ -154,7 +165,9 @@ SERIES = (
     Series("counter", "order_seconds", "Seconds spent on ordering the queue."),
     Series("counter", "order_rounds", "Rounds of quanta granted: how often tenants ran against their share."),
     Series(
-        *("gauge", "waiting_requests", "Waiting: for their turn, for others' deficits, for a text somebody computes."),
+        "gauge",
+        "waiting_requests",
+        "Waiting: for their turn, for others' deficits, for a text somebody computes.",
         **_with(**{"for": WAITS}),
     ),
     Series("gauge", "oldest_wait_seconds", "How long the oldest waiting request has waited.", across="max"),
@@ -162,11 +175,15 @@ SERIES = (
     Series("gauge", "tenant_service_tokens", "Tokens charged to a tenant since it came.", **_TENANT),
     # with a tenants file
     Series(
-        *("counter", "borrowed_tokens", "Donor tokens read: of the tenant itself, of documents, of trusted members."),
+        "counter",
+        "borrowed_tokens",
+        "Donor tokens read: of the tenant itself, of documents, of trusted members.",
         **_with(kind=KINDS),
     ),
     Series(
-        *("counter", "quota_refusals", "Requests refused (429) for what their tenant has in flight."),
+        "counter",
+        "quota_refusals",
+        "Requests refused (429) for what their tenant has in flight.",
         **_with(tenant=(), quota=QUOTAS),
         edge=True,
     ),

@@ -145,6 +145,20 @@ class ServerQueue:
         except Exception:
             self._failed("a release")
 
+    @property
+    def waits(self) -> bool:
+        """Whether anybody waits, as far as the last pass knows."""
+        return bool(self._waiting)
+
+    def idle(self) -> None:
+        """SGLang's list is empty and nothing runs: who was still waiting has been aborted, and no pass will tell."""
+        try:
+            self._forget(list(self._waiting.values()))
+            self._listed = []
+            self._tell("emptied")
+        except Exception:
+            self._failed("an idle engine")
+
     # ---- in detail ----
 
     def _sort(self, waiting: list, policy) -> Order | None:
@@ -193,11 +207,7 @@ class ServerQueue:
             listed = {id(req) for req in waiting}
             gone = [req for req in self._waiting.values() if id(req) not in listed]
             come = [req for req in waiting if self._waiting.get(req.rid) is not req]
-        for req in gone:
-            if self._waiting.get(req.rid) is req:  # else it runs
-                del self._waiting[req.rid], self._came_s[req.rid]
-                self._peek.remove(req.rid)
-                self.queue.remove(req.rid)
+        self._forget(gone)
         sign = policy.priority_sign if policy.enable_priority_scheduling else 0
         for req in come:
             self._arrive(req, float(sign * req.priority) if sign else 0.0)
@@ -206,6 +216,13 @@ class ServerQueue:
         self._returning.clear()
         if len(self._waiting) != len(waiting):
             raise ValueError(f"{len(waiting)} requests wait, {len(self._waiting)} are known")
+
+    def _forget(self, gone: list) -> None:
+        for req in gone:
+            if self._waiting.get(req.rid) is req:  # else it runs
+                del self._waiting[req.rid], self._came_s[req.rid]
+                self._peek.remove(req.rid)
+                self.queue.remove(req.rid)
 
     def _arrive(self, req, tier: float) -> None:
         namespace = namespace_of(req)

@@ -33,6 +33,7 @@ class Session:
     told: ReusePlan | Reason | None = None  # what its client is told instead of the truth; None: the truth
     sources: dict[int, Source] = field(default_factory=dict)  # whom it borrows from, for the record
     tenant: str = ""  # as metrics name it; known of requests that cannot take part too
+    probe: bool = False  # SGLang's own health check
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     started_s: float = 0.0  # when it was admitted, by `time.perf_counter`; decides nothing
@@ -53,6 +54,11 @@ class Session:
     def own(self) -> bool:
         """Whether the server has sent it itself, to compute or to drop a document of the library."""
         return self.stamp is not None and bool(self.stamp.document)
+
+    @property
+    def of_client(self) -> bool:
+        """Whether metrics and pages speak of it, audits apart."""
+        return not (self.own or self.probe)
 
     @property
     def hidden(self) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kvshare_sched import explain
+from kvshare_sched import explain, tracing
 from kvshare_sched.audit import tenant_of
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import UnsupportedError
@@ -57,6 +57,13 @@ def takes_part(req) -> bool:
     )
 
 
+def is_probe(req) -> bool:
+    """Whether it is SGLang's health check; a client that borrows the name hides a prompt of one token, no more."""
+    from sglang.srt.managers.utils import is_health_check_generate_req
+
+    return len(req.origin_input_ids) == 1 and is_health_check_generate_req(req)
+
+
 def stamp_of(req, config: KVShareConfig) -> Stamp | None:
     """What the HTTP process wrote about a request's tenant, which the gate has checked. Without a tenants file clients
     could write it themselves, so it counts for nothing then. Never raises."""
@@ -81,12 +88,12 @@ def view_of(req, stamp: Stamp | None = None) -> RequestView | Reason:
 def _view_of(req, stamp: Stamp | None) -> RequestView | Reason:
     params = req.sampling_params.custom_params or {}
     wishes = params.get(REPORT_KEY) or {}
+    if req.retracted_stain or len(req.output_ids) > 0:  # first: whatever it asks for, its tokens have been counted
+        return Reason.RETRACTED
     if wishes == "off":
         return Reason.OPTED_OUT
     if not isinstance(wishes, Mapping):
         return Reason.BAD_SETTING
-    if req.retracted_stain or len(req.output_ids) > 0:
-        return Reason.RETRACTED
     if not takes_part(req):
         return Reason.UNSUPPORTED_INPUT
     tokens = tokens_of(req)
@@ -114,9 +121,15 @@ def attach_report(req, session, report, pipeline) -> None:
     req.customized_info = info | {REPORT_KEY: [told]}
 
 
+def _tell(req, session, pipeline, report) -> None:
+    """The report is known: to the client with the answer, to the pages, and to SGLang's trace of the request."""
+    attach_report(req, session, report, pipeline)
+    tracing.mark(req, report)
+
+
 def _details(req, session, index) -> dict | None:
-    """None for the server's own documents. Never raises: an answer with a report and no page beats no report."""
-    if session.own:
+    """None for what no client has sent. Never raises: an answer with a report and no page beats no report."""
+    if not session.of_client:
         return None
     try:
         return explain.details(session, namespace_of(req), index)
@@ -137,6 +150,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     stamp = stamp_of(req, pipeline.config)
     session = pipeline.admit(view_of(req, stamp), req.rid, len(req.origin_input_ids), req.prefix_len, stamp)
     session.tenant = tenant_of(namespace_of(req))
+    session.probe = is_probe(req)
     if has_chunked_req and not _fits_whole(pipeline, session, adder, req):
         pipeline.withdraw(session)
         return _other()
@@ -158,7 +172,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
             result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
-    session.on_report = lambda report: attach_report(req, session, report, pipeline)
+    session.on_report = functools.partial(_tell, req, session, pipeline)
     pipeline.begin(session)
     return result
 

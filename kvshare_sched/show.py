@@ -69,10 +69,15 @@ def text_tables(sections: Sequence[Section]) -> str:
 
 
 def _text_table(title: str, heads: tuple[str, ...], rows: list[tuple]) -> str:
-    lines = [tuple(map(str, row)) for row in ([heads] if any(heads) else []) + list(rows)]
+    lines = [tuple(map(_plain, row)) for row in ([heads] if any(heads) else []) + list(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     body = ("  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
     return "\n".join((title, *body))
+
+
+def _plain(cell: object) -> str:
+    """Clients choose ids and names: none of them may speak to the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(cell))
 
 
 def text_bar(runs: Sequence[dict], colour: bool) -> str:

@@ -19,7 +19,7 @@ from kvshare_sched import model, server
 from kvshare_sched.cpu import has_nvidia_gpu
 from kvshare_sched.errors import ConfigError, SetupError
 from kvshare_sched.evaluation.report import made_with
-from kvshare_sched.loadtest import blocks, quality, traces
+from kvshare_sched.loadtest import blocks, counts, quality, traces
 from kvshare_sched.loadtest.runner import Player, write_rows
 from kvshare_sched.loadtest.statistics import Slo, answered, makespan_s
 from kvshare_sched.loadtest.traces import Request, Trace
@@ -58,13 +58,19 @@ def setup(name: str, common: Sequence[str]) -> Setup:
     return Setup(name, (*plain, *(chosen or ("--schedule-policy", "lpm"))), {"SGLANG_PLUGINS": plugins}, False)
 
 
-def against(url: str, chosen: Sequence[Trace], *, rate: float | None, sockets: int, slo: Slo, out: Path) -> None:
-    """Play every trace once against a server that is already running."""
-    _prepare(out, {"model": _model_of(url), "server": url, "rate": rate}, sockets, slo)
+def against(
+    url: str, chosen: Sequence[Trace], *, rate: float | None, sockets: int, slo: Slo, out: Path
+) -> dict[str, dict]:
+    """Play every trace once against a server that is already running; returns `counts.sources` of each."""
+    settings = {"model": _model_of(url), "server": url, "rate": rate, "prompt_tokens": {}}
+    _prepare(out, settings, sockets, slo)
     for trace in chosen:
-        due = traces.retimed(trace.requests, rate)
+        due, before = traces.retimed(trace.requests, rate), counts.scraped(url)
         rows = Player(url, sockets=sockets).play(due, trace.name)
         write_rows(out / "raw" / f"server-{trace.name}.jsonl", _about("server", trace.name, None, 0), rows)
+        settings["prompt_tokens"][trace.name] = counts.sources(rows, before, counts.scraped(url))
+        _save(out, settings)
+    return settings["prompt_tokens"]
 
 
 def compare(

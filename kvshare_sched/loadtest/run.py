@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.loadtest import compare, report, traces, workloads
+from kvshare_sched.loadtest import compare, counts, report, traces, workloads
 from kvshare_sched.loadtest.statistics import Slo
 from kvshare_sched.loadtest.traces import Trace
 
@@ -24,6 +24,7 @@ def run(
     repeats: int,
     sockets: int,
     slo: Slo,
+    check_counts: bool,
     model_path: str | None,
     out: str,
     server_arguments: Sequence[str],
@@ -31,15 +32,19 @@ def run(
     """Measure and write `raw/`, `report.json`, `report.md` and the pictures into `out`; returns the exit code.
 
     url: a server that is running, else `setups` are started one after the other (`compare.setup`). names: workloads
-    or trace files. An interruption reports what was measured. Raises ConfigError for what does not exist, SetupError
-    when a server does not come up.
+    or trace files. An interruption reports what was measured. check_counts: with a `url`, the exit code is 1 unless
+    the prompt tokens sent, those the answers report and those on /metrics are the same. Raises ConfigError for what
+    does not exist, SetupError when a server does not come up.
     """
+    if check_counts and not url:
+        raise ConfigError("--check-counts needs --url: the counts compared are those of one server that is running.")
     if url and server_arguments:
         raise ConfigError(f"{' '.join(server_arguments)}: not known, and a server that is running takes no arguments.")
     chosen, folder = [load_trace(name, requests, arrivals) for name in names], Path(out)
+    found: dict[str, dict] = {}
     try:
         if url:
-            compare.against(url.rstrip("/"), chosen, rate=rate, sockets=sockets, slo=slo, out=folder)
+            found = compare.against(url.rstrip("/"), chosen, rate=rate, sockets=sockets, slo=slo, out=folder)
         else:
             compare.compare(
                 setups,
@@ -56,7 +61,9 @@ def run(
     finally:
         if any((folder / "raw").glob("*.jsonl")):
             print(report.write_all(folder))
-    return 0
+    for name, sources in found.items():
+        print(counts.line(name, sources))
+    return int(check_counts and not all(map(counts.agree, found.values())))
 
 
 def load_trace(name: str, requests: int | None, arrivals: str) -> Trace:

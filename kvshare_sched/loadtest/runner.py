@@ -127,6 +127,7 @@ class Player:
         return {
             "token_s": [round(t, 4) for t in times],
             "prompt_tokens": meta["prompt_tokens"],
+            "sent_tokens": len(prompt),
             "prompt": hashlib.sha256(repr(prompt).encode()).hexdigest()[:16],
             "output_ids": last["output_ids"],
             **_origins(meta),

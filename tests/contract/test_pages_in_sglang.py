@@ -31,13 +31,13 @@ print("Index and pool" in client.get("/kvshare/", headers=browser).text)
 
 # The same behind the door of a tenants file: who is asking must reach handlers that run beside the event loop.
 import sys
-from kvshare_sched import pages
+from kvshare_sched import recent
 from kvshare_sched.tenants.edge import Edge, Middleware
 from kvshare_sched.tenants.namespaces import name_of
 from kvshare_sched.tenants.reload import TenantsFile
 
 details = {"extra_key": name_of("mark", "tenant", "acme"), "cache_salt": "", "ratio": 0.2, "runs": []}
-pages.recent.remember("mine", {"outcome": "ordinary"}, details)
+recent.requests.remember("mine", {"outcome": "ordinary"}, details)
 client = TestClient(Middleware(app, Edge(TenantsFile(sys.argv[1], 1000, 1000), lambda: "mark")))
 for key in ("root", "acme", "globex"):
     found = [client.get(path, headers={"x-api-key": key}) for path in ("/kvshare/", "/kvshare/requests/mine")]

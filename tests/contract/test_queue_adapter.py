@@ -303,6 +303,24 @@ def test_the_oldest_wait_is_shown_while_somebody_waits_and_nothing_when_the_list
     assert shown() == (0.0, 0)
 
 
+def test_clients_that_gave_up_while_they_waited_are_forgotten_when_the_engine_is_idle():
+    world, registry = World(), CollectorRegistry()
+    world.queue._metrics = ShareMetrics(registry=registry).queue
+    world.waiting = [Req("a", 900), Req("b", 50)]
+    world.order()
+    world.waiting = []  # SGLang asks for no order of an empty list
+    scheduler = SimpleNamespace(tree_cache=world.cache, is_fully_idle=lambda: False)
+    queue_adapter.on_idle(world.original, scheduler)
+    turn = {"for": "turn"}
+    assert registry.get_sample_value("kvshare_waiting_requests", turn) == 2, "something may still run"
+    scheduler.is_fully_idle = lambda: True
+    queue_adapter.on_idle(world.original, scheduler)
+    assert registry.get_sample_value("kvshare_waiting_requests", turn) == 0
+    assert not world.queue.waits and not any(world.queue.queue.items)
+    world.waiting = [Req("b", 50), Req("c", 30)]
+    assert world.go() == ["c", "b"] and world.queue.failures == 0
+
+
 def test_metrics_that_cannot_be_written_change_nothing():
     class Broken:
         def ordered(self, *_):

@@ -64,6 +64,8 @@ LAYERS = (
         "kvshare_sched.executor",
         "kvshare_sched.support",
         "kvshare_sched.explain",
+        "kvshare_sched.tracing",
+        "kvshare_sched.recent",
         "kvshare_sched.live",
         "kvshare_sched.show",
     },

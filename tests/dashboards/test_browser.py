@@ -41,7 +41,8 @@ def url():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
-            self.send_header("content-type", "text/html; charset=utf-8")
+            for name, value in {"content-type": "text/html; charset=utf-8", **pages.HEADERS}.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(shown.get(self.path, "").encode())
 
@@ -55,18 +56,21 @@ def url():
     server.server_close()
 
 
-def dom(browser: str, url: str) -> str:
+def look(browser: str, url: str) -> subprocess.CompletedProcess:
+    """The page's tree on stdout, the browser's complaints on stderr."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-    found = subprocess.run([browser, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120)
+    command = [browser, *flags, "--enable-logging=stderr", "--dump-dom", url]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr[-500:]
-    return found.stdout
+    return found
 
 
 def test_the_live_page(browser, url):
-    text = dom(browser, url)
+    text = look(browser, url).stdout
     assert "<td>blue</td>" in text and 'href="?rid=r1"' in text and "<script" not in text
 
 
 def test_a_request(browser, url):
-    text = dom(browser, f"{url}/?rid=r1")
-    assert '<span class="fresh" style="flex:30"' in text and "Request r1" in text
+    found = look(browser, f"{url}/?rid=r1")
+    assert '<span class="fresh" style="flex:30"' in found.stdout and "Request r1" in found.stdout
+    assert "Content Security Policy" not in found.stderr, "the browser refused a style"

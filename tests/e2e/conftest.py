@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from harness import Server, start
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dashboards"))
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +19,18 @@ def server(request) -> Iterator[Server]:
     environment = getattr(request.module, "ENVIRONMENT", {})
     with start(request.module.__name__, arguments, environment) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def local_prometheus():
+    """The module that starts Debian's Prometheus; skips where that can be neither found nor fetched."""
+    import local_prometheus
+
+    try:
+        local_prometheus.binaries()
+    except RuntimeError as problem:
+        pytest.skip(str(problem))
+    return local_prometheus
 
 
 @pytest.fixture(autouse=True)

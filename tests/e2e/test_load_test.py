@@ -31,7 +31,7 @@ def test_a_running_server_by_url(server, tmp_path):
     traces.write(tmp_path / "small.jsonl", Trace("small", (*trace.requests, lost, after)))
     out = tmp_path / "out"
     asked = ["--url", server.url, "--traces", str(tmp_path / "small.jsonl"), "--rate", "3", "--sockets", "2"]
-    assert main(["bench", *asked, "--out", str(out)]) == 0
+    assert main(["bench", *asked, "--check-counts", "--out", str(out)]) == 0, "answers, /metrics and client count alike"
 
     about, rows = read_rows(out / "raw" / "server-small.jsonl")
     assert about == {"setup": "server", "workload": "small", "load": None, "repeat": 0}
@@ -52,6 +52,8 @@ def test_a_running_server_by_url(server, tmp_path):
         first, second = by_step[str(number), 0], by_step[str(number), 1]
         assert second["due_s"] >= first["token_s"][-1], "the second step waits for the answer it holds"
     assert sum(r["reused"] for r in answered) > 4 * 200
+    told = json.loads((out / "raw" / "settings.json").read_text())["prompt_tokens"]["small"]
+    assert told["metrics"]["reused"] == sum(r["reused"] for r in answered) and told["failed"] == 2
 
     result = json.loads((out / "report.json").read_text())
     assert [(r["setup"], r["answered"], r["requests"]) for r in result["runs"]] == [("server", 8, 10)]

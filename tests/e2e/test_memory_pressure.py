@@ -22,6 +22,7 @@ def test_eviction_and_retraction(server):
         body["sampling_params"]["ignore_eos"] = True
         return server.post("/generate", body).json()
 
+    before = server.origins()
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(ask, range(12)))
     for answer in answers:
@@ -31,6 +32,8 @@ def test_eviction_and_retraction(server):
     outcomes = [a["meta_info"]["kvshare"]["outcome"] for a in answers]
     assert "reused" in outcomes
     assert any(a["meta_info"]["num_retractions"] > 0 for a in answers), "nobody was retracted"
+    told = {o: sum(a["meta_info"]["kvshare"][o] for a in answers) for o in before}
+    assert {o: n - before[o] for o, n in server.origins().items()} == told, "who runs again does not count again"
 
 
 def test_donors_that_left_are_not_used(server):

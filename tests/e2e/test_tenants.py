@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import generate as boards
 import pytest
 import requests
 from harness import chat, sections, settled
@@ -315,6 +316,27 @@ def test_a_flood_leaves_guaranteed_donors_in_place(server):
         flooder.generate(flood, new_tokens=1, namespace="")
     assert as_tenant(server, "acme").generate(moved, new_tokens=1, namespace="").report["reused"] > 300
     assert as_tenant(server, "globex").generate(gone_moved, new_tokens=1, namespace="").report["reused"] == 0
+
+
+def test_no_panel_for_a_tenants_file_is_empty(server, local_prometheus, tmp_path):
+    server.flush()
+    (_, moved), long, started = prompts(18), chat("Long.", DOCS[24:30]), time.time()
+    url, initech = f"{server.url}/kvshare/documents", {"Authorization": "Bearer key-of-initech"}
+    with local_prometheus.scraping([server.url.removeprefix("http://")], tmp_path) as prometheus:
+        time.sleep(3)  # a few scrapes of a server at rest
+        body = {"group": "handbook", "name": "shown", "text": "\n\n".join(DOCS[18:21])}
+        requests.post(url, json=body, headers=ROOT, timeout=300).raise_for_status()
+        assert as_tenant(server, "acme").generate(moved, new_tokens=1, namespace="").report["reused"] > 300
+        for turn in range(2):  # a counter's first value is no rate
+            with ThreadPoolExecutor(3) as pool:
+                list(pool.map(lambda n: generate(server, f"{n}{long}", initech), range(3 * turn, 3 * turn + 3)))
+            time.sleep(3)
+        for panel in boards.boards()["tenants"]["rows"]["With a tenants file"]:
+            for query in panel["queries"].values():
+                asked = boards.promql(query, job=".*", tenant=".*", rate="5s")
+                found = prometheus.over(asked, started, time.time(), 1)
+                assert any(value > 0 for _, points in found for _, value in points), panel["title"]
+    requests.delete(url, params={"group": "handbook", "name": "shown"}, headers=ROOT, timeout=60).raise_for_status()
 
 
 def test_an_edit_counts_without_restart_and_a_bad_one_does_not(server):

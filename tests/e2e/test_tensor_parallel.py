@@ -11,9 +11,14 @@ ENVIRONMENT = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|1", "KVSHARE_ALPHA": "colsum"
 DOCS = sections()
 
 
+def requests_of(server) -> float:
+    """Requests counted so far, whatever became of them."""
+    return sum(value for line, value in server.metrics().items() if line.startswith("kvshare_requests_total"))
+
+
 def test_ranks_agree_and_counters_do_not_multiply(server):
     namespace, cold = server.namespace(), server.namespace()
-    before = server.origins()
+    before, requests = server.origins(), requests_of(server)
     donor = server.generate(chat(SYSTEMS[0], DOCS[:4]), new_tokens=1, namespace=namespace)
     prompt = server.tokenize(chat(SYSTEMS[1], [DOCS[i] for i in (2, 0, 3, 1)]))
     warm = server.generate(prompt, new_tokens=8, namespace=namespace)
@@ -22,6 +27,7 @@ def test_ranks_agree_and_counters_do_not_multiply(server):
     after = server.origins()
     for origin in ("exact", "reused", "fresh"):
         assert after[origin] - before[origin] == donor.report[origin] + report[origin]
+    assert requests_of(server) - requests == 2
     full = server.generate(prompt, new_tokens=8, namespace=cold, reuse=False)
     ids = server.likely_ids(prompt, full.token_ids, cold)
     reference, _ = server.log_probabilities(prompt, full.token_ids, ids, cold, reuse=False)

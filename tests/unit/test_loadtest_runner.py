@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from kvshare_sched.errors import SetupError
-from kvshare_sched.loadtest import compare, report, run
+from kvshare_sched.errors import ConfigError, SetupError
+from kvshare_sched.loadtest import compare, counts, report, run
 from kvshare_sched.loadtest.runner import Player, read_rows
 from kvshare_sched.loadtest.statistics import Slo
 from kvshare_sched.loadtest.traces import Request, Trace
@@ -32,6 +32,7 @@ class Fake(ThreadingHTTPServer):
         self.flushed = 0
         self.running = self.most = 0
         self.lock = threading.Lock()
+        self.miscounted = 0  # tokens of a request that /metrics has too many
         self.together: threading.Barrier | None = None  # answers nobody before that many are there
 
 
@@ -49,8 +50,21 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if self.path == "/metrics":
+            return self._metrics()
         models = {"data": [{"id": "fake"}]}
         self._json(models if self.path == "/v1/models" else {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0}]})
+
+    def _metrics(self):
+        """kvshare's counts: three exact tokens a request, the rest fresh."""
+        asked = [len(body["input_ids"]) for body in self.server.asked if len(body["input_ids"]) <= LONGEST]
+        found = {"exact": 3 * len(asked), "reused": 0, "fresh": sum(asked) - (3 - self.server.miscounted) * len(asked)}
+        lines = [f'kvshare_prompt_tokens_total{{origin="{o}"}} {float(n)}' for o, n in found.items()]
+        body = ("# TYPE kvshare_prompt_tokens counter\n" + "\n".join(lines) + "\n").encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
@@ -185,7 +199,7 @@ def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch):
 
 
 ASKED = {"setups": [], "names": ["rag"], "requests": 20, "arrivals": "bursty", "rate": 400.0, "loads": [], "seconds": 1}
-ASKED |= {"repeats": 1, "sockets": 4, "slo": SLO, "model_path": None}
+ASKED |= {"repeats": 1, "sockets": 4, "slo": SLO, "model_path": None, "check_counts": False}
 
 
 def test_a_server_by_url(fake, tmp_path):
@@ -194,6 +208,27 @@ def test_a_server_by_url(fake, tmp_path):
     assert (
         found["requests"] == 20 and found["setup"] == "server" and found["offered_rps"] == pytest.approx(400, rel=0.1)
     )
+
+
+def test_three_sources_of_one_count(fake, tmp_path, capsys):
+    checked = {"url": fake.url, "out": str(tmp_path), "server_arguments": []} | ASKED | {"check_counts": True}
+    assert run.run(**checked) == 0
+    (found,) = json.loads((tmp_path / "raw" / "settings.json").read_text())["prompt_tokens"].values()
+    assert found["answers"] == found["metrics"] and found["answers"]["exact"] == 60
+    assert found["sent"] == sum(found["answers"].values()) and "they agree" in capsys.readouterr().out
+    fake.asked.clear()
+    fake.miscounted = 1
+    assert run.run(**checked) == 1 and "THEY DIFFER" in capsys.readouterr().out
+    assert run.run(**checked | {"check_counts": False}) == 0
+
+
+def test_counts_of_a_server_without_our_series_agree_with_nothing(tmp_path, capsys):
+    rows = [{"sent_tokens": 5, "exact": 2, "reused": 0, "fresh": 3}, {"error": "lost"}]
+    found = counts.sources(rows, {}, {})
+    assert found == {"failed": 1, "sent": 5, "answers": {"exact": 2, "reused": 0, "fresh": 3}, "metrics": None}
+    assert not counts.agree(found) and "1 requests failed" in counts.line("t", found)
+    with pytest.raises(ConfigError, match="needs --url"):
+        run.run(url=None, out=str(tmp_path), server_arguments=[], **ASKED | {"check_counts": True})
 
 
 def test_no_server_is_one_readable_line(tmp_path):

@@ -116,11 +116,9 @@ def test_recording_adds_no_label_value_but_tenants(metrics, registry):
     }
 
 
-def test_tokens_of_tenants_sum_to_those_of_all_and_names_are_bounded(metrics, registry):
-    for n in range(10_000):
+def test_tokens_of_tenants_sum_to_those_of_all(metrics, registry):
+    for n in range(100):
         metrics.record(reports()[n % 3], f"tenant {n}")
-        metrics.audits.measured(f"tenant {n}", "blend", SimpleNamespace(kl=0.1, kl_first=0.1, same=1.0, same_first=1.0))
-        metrics.audits.controlled(f"tenant {n}", 0.2, False)
     seen = samples(registry)
     for origin in ORIGINS:
         by_tenant = [
@@ -128,8 +126,40 @@ def test_tokens_of_tenants_sum_to_those_of_all_and_names_are_bounded(metrics, re
         ]
         assert sum(by_tenant) == seen["kvshare_prompt_tokens_total", (origin,)]
         assert len(by_tenant) == TENANTS + 1
+
+
+def test_ten_thousand_tenants_leave_a_bounded_number_of_series(metrics, edge, registry):
+    """Everything that names a tenant, moved for each of them."""
+    found = SimpleNamespace(kl=0.1, kl_first=0.1, same=1.0, same_first=1.0)
+    tenants = [f"tenant {n}" for n in range(10_000)]
+    deficits = dict.fromkeys(tenants, 5.0)
+    accounts = SimpleNamespace(refills=1, deficits=deficits, served=deficits)
+    metrics.queue.observe(SimpleNamespace(accounts=accounts), Order((), np.arange(0)))
+    for n, tenant in enumerate(tenants):
+        metrics.record(reports()[n % 3], tenant)
+        metrics.audits.measured(tenant, "blend", found)
+        metrics.audits.controlled(tenant, 0.2, False)
+        edge.refused(tenant, "tokens")
+    shown = {s.name: set() for s in SERIES if "tenant" in s.labels}
+    for family in registry.collect():
+        if (name := family.name.removeprefix(PREFIX)) in shown:
+            shown[name] |= {sample.labels["tenant"] for sample in family.samples}
+    assert len(shown) == 9 and all(TENANTS <= len(names) <= TENANTS + 1 for names in shown.values()), shown
+    seen = samples(registry)
     assert seen["kvshare_tenant_requests_total", ("ordinary", OTHER)] > 3000
-    assert len(seen) < 700
+    assert len(seen) < 800
+
+
+def test_one_gauge_does_not_stand_for_many_tenants(metrics, registry):
+    for n in range(TENANTS + 5):
+        metrics.audits.controlled(f"t{n}", 0.5, True)
+    shown = {k[1][0] for k in samples(registry) if k[0] in ("kvshare_controller_ratio", "kvshare_controller_off")}
+    assert shown == {f"t{n}" for n in range(TENANTS)}
+
+
+def test_a_name_that_is_no_text_breaks_no_scrape(metrics, registry):
+    metrics.record(reports()[1], "half \ud800")
+    assert b'tenant="half ?"' in generate_latest(registry)
 
 
 def test_a_request_without_a_tenant_still_has_a_name(metrics, registry):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dashboards"))
 
 from engine import move  # noqa: E402
 
-from kvshare_sched import client_report, explain, live, pages, show, watch  # noqa: E402
+from kvshare_sched import client_report, explain, live, pages, recent, show, watch  # noqa: E402
 from kvshare_sched.cli import main  # noqa: E402
 from kvshare_sched.metrics import ShareMetrics  # noqa: E402
 from kvshare_sched.series import SERIES  # noqa: E402
@@ -51,10 +51,10 @@ def samples():
 
 @pytest.fixture
 def client(keys, samples, monkeypatch):
-    monkeypatch.setattr(pages, "recent", pages.Recent())
+    monkeypatch.setattr(recent, "requests", recent.Recent())
     monkeypatch.setattr(pages, "_own_samples", lambda: samples)
-    pages.recent.remember("r1", REPORT, details())
-    pages.recent.remember("r2", REPORT, details("green", "pepper"))
+    recent.requests.remember("r1", REPORT, details())
+    recent.requests.remember("r2", REPORT, details("green", "pepper"))
     return TestClient(Starlette(routes=pages.routes()))
 
 
@@ -86,6 +86,11 @@ def test_a_request_as_html_needs_nothing_else_and_runs_nothing(client):
     assert page.fetched == [] and not {"script", "b", "link", "img"} & set(page.tags)
     assert text.count('<span class="reused" style="flex:60"') == 1
     assert "&lt;b&gt;evil&lt;/b&gt;" in text and explain.WHY[Reason.NONE] in text
+
+
+def test_an_id_with_a_slash_is_found_too(client):
+    recent.requests.remember("a/../b", REPORT, details())
+    assert client.get("/kvshare/requests/a%2F..%2Fb").json()["rid"] == "a/../b"
 
 
 def test_a_request_as_json(client):
@@ -205,22 +210,73 @@ def test_numbers_since_an_earlier_look(samples):
 
 
 def test_memory_is_bounded_and_a_busy_tenant_pushes_out_only_its_own():
-    recent = pages.Recent(each=3, tenants=2)
-    recent.remember("quiet", REPORT, details("quiet"))
+    kept = recent.Recent(each=3, tenants=2)
+    kept.remember("quiet", REPORT, details("quiet"))
     for n in range(10):
-        recent.remember(f"busy{n}", REPORT, details("busy"))
-    assert recent.find("quiet") and recent.find("busy9") and recent.find("busy6") is None
-    assert [r["rid"] for r in recent.latest(9)] == ["busy9", "busy8", "busy7", "quiet"]
-    recent.remember("new", REPORT, details("new"))
-    assert recent.find("quiet") is None, "the tenant that has been silent longest leaves"
+        kept.remember(f"busy{n}", REPORT, details("busy"))
+    assert kept.find("quiet") and kept.find("busy9") and not kept.find("busy6")
+    assert [r["rid"] for r in kept.latest(9)] == ["busy9", "busy8", "busy7", "quiet"]
+    kept.remember("new", REPORT, details("new"))
+    assert not kept.find("quiet"), "the tenant that has been silent longest leaves"
+
+
+def test_prompts_of_very_many_runs_are_kept_for_a_shorter_time(monkeypatch):
+    monkeypatch.setattr(recent, "RUNS", 10)
+    kept = recent.Recent()
+    for n in range(10):
+        kept.remember(f"r{n}", REPORT, details())  # three runs each
+    assert [r["rid"] for r in kept.latest(9)] == ["r9", "r8", "r7"]
+    kept.remember("many", REPORT, details() | {"runs": RUNS * 100})
+    assert [r["rid"] for r in kept.latest(9)] == ["many"], "the newest is always there"
+
+
+def test_two_tenants_that_choose_one_id_both_see_their_own(client, keys):
+    keys.admin_api_key = "secret"
+    recent.requests.remember("r1", REPORT, details("green"))
+    for tenant in ("blue", "green"):
+        found = client.get("/kvshare/requests/r1", headers={pages.EXTRA_KEY: tenant})
+        assert found.json()["details"]["extra_key"] == tenant
+    assert client.get("/kvshare/requests/r1", headers={pages.EXTRA_KEY: "red"}).status_code == 404
+    operator = client.get("/kvshare/requests/r1", headers={"authorization": "Bearer secret"})
+    assert operator.json()["details"]["extra_key"] == "green", "the one who came last"
+
+
+def test_an_id_that_is_no_text_breaks_no_page(client):
+    recent.requests.remember("half \ud800", REPORT, details())
+    assert "half ?" in client.get("/kvshare/", headers=BROWSER).text
+    assert client.get("/kvshare/").json()["latest"][0] == "half \ud800"
+
+
+def test_pages_load_nothing_and_are_not_kept(client):
+    for path in ("/kvshare/", "/kvshare/requests/r1", "/kvshare/requests/never"):
+        for headers in ({}, BROWSER):
+            found = client.get(path, headers=headers).headers
+            assert found["content-security-policy"].startswith("default-src 'none'")
+            assert found["cache-control"] == "no-store"
+
+
+def test_names_do_not_speak_to_the_terminal():
+    assert show.text_tables([("T", ("a",), [("\033[2J\nred",)])]) == "T\n  a\n  ?[2J?red"
+
+
+def test_running_requests_of_all_engines_but_not_of_all_ranks():
+    labels = [{"dp_rank": d, "tp_rank": t} for d in "01" for t in "012"]
+    state = live.State({"sglang:num_running_reqs": [(has, 4.0) for has in labels]})
+    assert state.sglang("num_running_reqs") == [4.0, 4.0] and state.sglang("token_usage") == []
+
+
+def test_a_server_that_was_started_anew_counts_from_nothing(samples):
+    before = {name: [(labels, 10 * value) for labels, value in rows] for name, rows in samples.items()}
+    again, whole = live.State(samples, before), live.State(samples)
+    assert again.grown("prompt_tokens") == whole.grown("prompt_tokens") > 0
 
 
 def test_details_are_kept_for_the_page_and_never_reach_the_client(monkeypatch):
-    monkeypatch.setattr(pages, "recent", pages.Recent())
+    monkeypatch.setattr(recent, "requests", recent.Recent())
     meta, state, passed = {"id": "r9"}, SimpleNamespace(), []
     info = {"kvshare": [[REPORT | {"details": details()}]], "other": [[1]]}
     client_report.update_request_meta_info(lambda *a: passed.append(a), None, meta, state, info, 0, None)
-    assert meta["kvshare"] == REPORT and pages.recent.find("r9")["details"] == details()
+    assert meta["kvshare"] == REPORT and recent.requests.find("r9")[0]["details"] == details()
     assert passed[0][3] == {"other": [[1]]}
 
 

@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 from test_pages import REPORT, details
 
-from kvshare_sched import pages, watch
+from kvshare_sched import pages, recent, watch
 from kvshare_sched.cli import main
 from kvshare_sched.tenants.edge import Edge, Middleware
 from kvshare_sched.tenants.file import parse
@@ -45,12 +45,12 @@ def client(edge, monkeypatch):
     monkeypatch.setattr(
         "sglang.srt.runtime_context.get_serving", lambda: SimpleNamespace(api_key=None, admin_api_key=None)
     )
-    monkeypatch.setattr(pages, "recent", pages.Recent())
+    monkeypatch.setattr(recent, "requests", recent.Recent())
     monkeypatch.setattr(pages, "_own_samples", dict)
-    pages.recent.remember("a1", REPORT, details(space("acme")))
-    pages.recent.remember("a2", REPORT, details(space("acme"), within(None, "pepper")))
-    pages.recent.remember("g1", REPORT, details(space("globex")))
-    pages.recent.remember("n1", REPORT, details(space("anonymous")))
+    recent.requests.remember("a1", REPORT, details(space("acme")))
+    recent.requests.remember("a2", REPORT, details(space("acme"), within(None, "pepper")))
+    recent.requests.remember("g1", REPORT, details(space("globex")))
+    recent.requests.remember("n1", REPORT, details(space("anonymous")))
     admin = PlainTextResponse("documents")
     return TestClient(Middleware(Starlette(routes=pages.routes()), edge, admin))
 

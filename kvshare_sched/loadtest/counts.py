@@ -1,0 +1,56 @@
+"""Do a server's counts agree? Prompt tokens as this client sent them, as the answers report them, and on /metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import requests as http
+
+from kvshare_sched.live import Samples, State, samples_of
+from kvshare_sched.loadtest.statistics import answered
+from kvshare_sched.series import ORIGINS
+
+
+def scraped(url: str) -> Samples:
+    """What /metrics of a server shows right now; nothing where there is none, or none of ours."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    answer = http.get(f"{url}/metrics", timeout=60)
+    return samples_of(text_string_to_metric_families(answer.text)) if answer.ok else {}
+
+
+def sources(rows: Sequence[dict], before: Samples, after: Samples) -> dict:
+    """Prompt tokens of the answered requests by each source; `metrics` is None without our series.
+
+    rows: of `runner.Player`; before, after: `scraped` around the run.
+    """
+    done = answered(rows)
+    state = State(after, before)
+    known = "kvshare_prompt_tokens_total" in after
+    return {
+        "failed": len(rows) - len(done),
+        "sent": sum(r["sent_tokens"] for r in done),
+        "answers": {o: sum(r[o] for r in done) for o in ORIGINS},
+        "metrics": {o: round(state.grown("prompt_tokens", origin=o)) for o in ORIGINS} if known else None,
+    }
+
+
+def agree(found: dict) -> bool:
+    """Whether all three say the same, origin by origin."""
+    return found["answers"] == found["metrics"] and sum(found["answers"].values()) == found["sent"]
+
+
+def line(workload: str, found: dict) -> str:
+    """The three in words."""
+
+    def words(origins: dict | None) -> str:
+        if origins is None:
+            return "nothing (no kvshare_ series)"
+        return f"{' + '.join(f'{origins[o]} {o}' for o in ORIGINS)} = {sum(origins.values())}"
+
+    verdict = "they agree" if agree(found) else "THEY DIFFER: somebody else used the server, or a count is wrong"
+    failed = f"; {found['failed']} requests failed and count on /metrics alone, if at all" if found["failed"] else ""
+    return (
+        f"{workload}: {found['sent']} prompt tokens sent; by the answers {words(found['answers'])}; "
+        f"by /metrics {words(found['metrics'])}: {verdict}{failed}"
+    )

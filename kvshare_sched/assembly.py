@@ -39,6 +39,7 @@ class Blend:
     target: torch.Tensor  # int64 [n], their slots
     donors: Donors
     spread: torch.Tensor  # float32 [n]
+    lone: torch.Tensor  # bool [n], where the spread tells nothing
 
 
 class Assembly:
@@ -74,7 +75,7 @@ class Assembly:
                     runs.append((lease.slots[segment.donor_start : segment.donor_end], target, segment.shift))
             if shared := [segment for segment, _ in parts if segment.others]:
                 blends.append(job := self._blend(batch, chunk, shared))
-                several = (job.donors.weights > 0).sum(dim=0) > 1
+                several = ((job.donors.weights > 0).sum(dim=0) > 1) & ~job.lone
                 at = torch.from_numpy(job.rows - chunk.row).to(found.device)
                 found[at[several]] = job.spread[several]
         for first, runs in by_first_layer.items():
@@ -87,7 +88,7 @@ class Assembly:
         total = sum(s.length for s in segments)
         weights, shifts = np.zeros((width, total), np.float32), np.zeros((width, total), np.int64)
         slots = torch.empty((width, total), dtype=torch.int64, device=device)
-        rows, part, at = [], [], 0
+        rows, part, lone, at = [], [], [], 0
         for number, segment in enumerate(segments):
             lease = chunk.session.leases[segment.donor_id]
             slots[:, at : at + segment.length] = lease.slots[segment.donor_start : segment.donor_end]
@@ -97,6 +98,7 @@ class Assembly:
                 weights[i, here], shifts[i, here] = 1 / (_OWN_NOISE + place.foreign), place.shift
             rows.append(np.arange(segment.start, segment.end) - chunk.start + chunk.row)
             part.append(np.full(segment.length, number))
+            lone.append(np.full(segment.length, segment.lone))
             at += segment.length
         rows = np.concatenate(rows)
         donors = Donors(
@@ -108,7 +110,8 @@ class Assembly:
         )
         target = batch.out_cache_loc[torch.from_numpy(rows).to(device)].long()
         compared = [self.keys[layer] for layer in chunk.session.strategy.compared(len(self.keys))]
-        return Blend(chunk, rows, target, donors, key_spread(compared, donors, neox=self.neox))
+        spread = key_spread(compared, donors, neox=self.neox)
+        return Blend(chunk, rows, target, donors, spread, torch.from_numpy(np.concatenate(lone)).to(device))
 
     def blend_unfitted(self, blends: list[Blend]) -> None:
         """Write the blends with their given weights, on all layers: what a first pass looks at."""

@@ -310,6 +310,7 @@ def _outside(outer, inner):
 
 
 _SAMPLE = 256  # rows and tokens per measurement
+_TIMES = 16  # the quickest counts: at start-up, others often hold the machine
 
 
 def _measure_costs(runner, cos_sin, neox) -> CostModel:
@@ -324,7 +325,7 @@ def _measure_costs(runner, cos_sin, neox) -> CostModel:
 
     def seconds(work) -> float:
         times = []
-        for _ in range(4):
+        for _ in range(_TIMES):
             started = time.perf_counter()
             work()
             if device.type == "cuda":
@@ -346,10 +347,12 @@ def _measure_costs(runner, cos_sin, neox) -> CostModel:
         single = seconds(lambda: rows[:1] @ widest.T) / widest.numel()
     except RuntimeError:  # quantised weights have no plain product; assume the pool's bandwidth instead
         product, single = copy(_SAMPLE) / _SAMPLE / per_row, 0.0
-    one = copy(1)
+    one, cell_s = copy(1), product * per_row
     return CostModel(
-        cell_s=product * per_row,
-        copy_s=max(copy(_SAMPLE) - one, 0.0) / _SAMPLE,
+        cell_s=cell_s,
+        # Its KV on all layers is a fraction of one layer's weights: what is dearer was measured on a busy machine, and
+        # believing it would switch reuse off for as long as the server runs.
+        copy_s=min(max(copy(_SAMPLE) - one, 0.0) / _SAMPLE, cell_s),
         overhead_s=3 * one,  # a copy, a second batch plan, a selection: each about one launch a layer
         layers=layers,
         pass_rows=single / product,  # one row reads all weights, as any pass does

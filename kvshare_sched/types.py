@@ -30,6 +30,12 @@ class Namespace:
             object.__setattr__(self, name, getattr(self, name) or None)
 
 
+_HEADER = 32  # tokens before a text that are no context worth the name
+_BARE = (
+    2.0  # KL of donors behind nothing but a header against donors in unrelated contexts: 2.1 with nothing recomputed
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of tokens of the prompt that a donor also has: target [start, end) <- donor [donor_start, ...)."""
@@ -72,10 +78,23 @@ class Segment:
         )
 
     @property
+    def bare(self) -> bool:
+        """The donor had at most a header before this run, where the prompt has text: a document on its own."""
+        return self.shift > 3 * max(self.donor_start, _HEADER)
+
+    @property
     def foreign(self) -> float:
-        """Share of what stands before this run, in the prompt or in the donor, that the other does not have, 0 to 1."""
+        """How foreign the donor's left context is: the share of what stands before this run, in the prompt or in the
+        donor, that the other does not have, 0 to 1; twice that for a bare donor, which is that much worse.
+        """
         before = max(self.start, self.donor_start)
-        return max(0.0, 1 - self.context / before) if before else 0.0
+        share = max(0.0, 1 - self.context / before) if before else 0.0
+        return share * (_BARE if self.bare else 1)
+
+    @property
+    def lone(self) -> bool:
+        """Its donors tell nothing of how much its tokens depend on context: there is one, or none had any."""
+        return not self.others or all(place.bare for place in self.places)
 
     @property
     def places(self) -> tuple[Segment, ...]:
@@ -152,8 +171,8 @@ class ReusePlan:
         return sum(part.length * part.foreign**0.5 for part in self.clip(start, end))
 
     def mostly_lone(self, start: int, end: int) -> bool:
-        """More than half of the tokens reused inside [start, end) belong to texts with one donor."""
-        return sum(part.length * (1 if part.others else -1) for part in self.clip(start, end)) < 0
+        """More than half of the tokens reused inside [start, end) belong to texts whose donors tell nothing."""
+        return sum(part.length * (-1 if part.lone else 1) for part in self.clip(start, end)) < 0
 
     @property
     def approximate_from(self) -> int:

@@ -1,7 +1,8 @@
-"""One real server per configuration: a module names its arguments, the fixture starts and stops it."""
+"""One real server per configuration, never two at a time: modules that name the same arguments share it."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,41 @@ from harness import Server, start
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dashboards"))
 
 
+class _Slot:
+    """Room for one server."""
+
+    def __init__(self):
+        self._stack, self._asked, self._server = contextlib.ExitStack(), None, None
+
+    def take(self, module) -> Server:
+        """The server a module asks for: the one that runs, or in its place a new one."""
+        asked = _configuration(module)
+        if asked != self._asked:
+            self.clear()
+            self._server = self._stack.enter_context(start(module.__name__, *asked))
+            self._asked = asked
+        return self._server
+
+    def clear(self) -> None:
+        self._asked = None
+        self._stack.close()
+
+
+def _configuration(module) -> tuple[list[str], dict[str, str]]:
+    return getattr(module, "ARGUMENTS", []), getattr(module, "ENVIRONMENT", {})
+
+
+@pytest.fixture(scope="session")
+def slot() -> Iterator[_Slot]:
+    slot = _Slot()
+    yield slot
+    slot.clear()
+
+
 @pytest.fixture(scope="module")
-def server(request) -> Iterator[Server]:
+def server(request, slot) -> Server:
     """The server of this module: `ARGUMENTS` and `ENVIRONMENT` are module constants."""
-    arguments = getattr(request.module, "ARGUMENTS", [])
-    environment = getattr(request.module, "ENVIRONMENT", {})
-    with start(request.module.__name__, arguments, environment) as running:
-        yield running
+    return slot.take(request.module)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +71,11 @@ def leaves_nothing_behind(request):
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/e2e/" in str(item.path):
-            item.add_marker(pytest.mark.e2e)
+    """Modules that start servers of their own come first, then those with the same configuration together."""
+    ours = [item for item in items if "/e2e/" in str(item.path)]
+    for item in ours:
+        item.add_marker(pytest.mark.e2e)
+    shared = {item.module for item in ours if "server" in item.fixturenames}
+    ours.sort(key=lambda item: str(_configuration(item.module)) if item.module in shared else "")
+    sorted_ones = iter(ours)
+    items[:] = [next(sorted_ones) if "/e2e/" in str(item.path) else item for item in items]

@@ -16,6 +16,11 @@ from kvshare_sched.client import Client
 from kvshare_sched.demo import prompt_of
 
 LOGS = Path(__file__).resolve().parents[2] / "out" / "e2e"
+CONTEXT = 4096  # tokens; half of the model's, so that a prompt at the limit takes a quarter of the time
+SMALL_CHUNKS = (  # a set-up that several modules share, and with it one server
+    ["--chunked-prefill-size", "384", "--max-running-requests", "24"],
+    {"KVSHARE_TENANT_WEIGHTS": "gold=3", "KVSHARE_QUANTUM": "1000"},
+)
 SYSTEMS = (
     "You are a helpful assistant.",
     "You answer for the platform team, tersely and in plain words.",
@@ -94,9 +99,8 @@ def start(name: str, arguments, environment) -> Iterator[Server]:
     An audit leaves exact KV of its prompt behind, whenever the server happens to be idle.
     """
     log = LOGS / f"{name}.log"
-    base = ["--model-path", str(model.prepare()), "--max-total-tokens", "40000"]
-    given = {a for a in arguments if a.startswith("--")}
-    base = base[:2] if "--max-total-tokens" in given else base
+    base = {"--model-path": str(model.prepare()), "--max-total-tokens": "40000", "--context-length": str(CONTEXT)}
+    base = [word for name, value in base.items() if name not in arguments for word in (name, value)]
     full = [*server.fill_defaults([*base, *arguments])]
     with server.running(full, env={"KVSHARE_AUDIT_SHARE": "0"} | environment, log=log) as url:
         yield Server(url, log)

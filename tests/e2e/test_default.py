@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from harness import SYSTEMS, chat, sections, settled
+from harness import CONTEXT, SYSTEMS, chat, sections, settled
 
 from kvshare_sched.client import kl_divergence
 
@@ -245,7 +245,7 @@ def test_one_token_and_the_context_limit(server):
     namespace = server.namespace()
     assert settled(server.generate([42], new_tokens=1, namespace=namespace))["fresh"] == 1
     words = server.tokenize("\n\n".join(sections(60)))
-    limit = 8192 - 7  # SGLang keeps a few tokens for the answer
+    limit = CONTEXT - 7  # SGLang keeps a few tokens for the answer
     long = (words * 2)[:limit]
     settled(server.generate(long, new_tokens=2, namespace=namespace))
     again = server.generate([7, *long[: limit - 1]], new_tokens=2, namespace=namespace)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from harness import SYSTEMS, chat, sections, settled
+from harness import SMALL_CHUNKS, SYSTEMS, chat, sections, settled
 
-ARGUMENTS = ["--chunked-prefill-size", "384"]
-ENVIRONMENT = {"KVSHARE_RATIO": "1.0"}
+ARGUMENTS, ENVIRONMENT = SMALL_CHUNKS
 DOCS = sections()
 
 
@@ -14,7 +13,7 @@ def test_same_tokens_and_log_probabilities_as_full_prefill(server):
         namespace, cold = server.namespace(), server.namespace()
         server.generate(chat(SYSTEMS[0], DOCS[:4]), new_tokens=1, namespace=namespace)
         prompt = server.tokenize(chat(SYSTEMS[1 + n], [DOCS[i] for i in order]))
-        warm = server.generate(prompt, new_tokens=24, namespace=namespace)
+        warm = server.generate(prompt, new_tokens=24, namespace=namespace, reuse={"ratio": 1.0})
         full = server.generate(prompt, new_tokens=24, namespace=cold, reuse=False)
         report = settled(warm)
         assert report["outcome"] == "reused"
@@ -22,7 +21,7 @@ def test_same_tokens_and_log_probabilities_as_full_prefill(server):
         assert report["computed_cells"] == (report["reused"] + report["fresh"]) * report["layers"]
         assert warm.token_ids == full.token_ids
         ids = server.likely_ids(prompt, full.token_ids, cold)
-        ours, told = server.log_probabilities(prompt, full.token_ids, ids, namespace, reuse=True)
+        ours, told = server.log_probabilities(prompt, full.token_ids, ids, namespace, reuse={"ratio": 1.0})
         theirs, _ = server.log_probabilities(prompt, full.token_ids, ids, cold, reuse=False)
         assert told["outcome"] == "reused"
         worst = max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from harness import chat, sections, settled
+from harness import SMALL_CHUNKS, chat, sections, settled
 
-ARGUMENTS = ["--chunked-prefill-size", "512", "--max-running-requests", "24"]
-ENVIRONMENT = {"KVSHARE_TENANT_WEIGHTS": "gold=3", "KVSHARE_QUANTUM": "1000"}
+ARGUMENTS, ENVIRONMENT = SMALL_CHUNKS
 DOCS = sections()
 SERVICE = 'kvshare_tenant_service_tokens{tenant="gone"}'
 

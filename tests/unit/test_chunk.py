@@ -32,11 +32,13 @@ def test_published_rules_get_a_share_of_all_reused_rows(strategy):
 
 
 def test_consensus_spends_nothing_where_the_left_context_agrees():
-    quarter = ReusePlan(400, 0, (Segment(1, 0, 200, 100, context=150),), forced_head=8)
+    quarter = ReusePlan(400, 0, (Segment(1, 100, 200, 100, context=150),), forced_head=8)
+    alone = ReusePlan(400, 0, (Segment(1, 0, 200, 100),), forced_head=8)
     same = ReusePlan(200, 0, (Segment(1, 0, 10, 150, context=10),), forced_head=8)
     assert chunk(strategy="consensus").budget(0.2) == 30 - 8
     assert chunk(quarter, strategy="consensus").budget(0.2) == 10 - 8
     assert chunk(same, strategy="consensus").budget(0.2) == 0
+    assert chunk(alone, strategy="consensus").budget(0.2) == 29 - 8  # a document on its own is twice as foreign
     assert chunk(same, strategy="consensus").budget(1.0) == 150 - 8  # everything means everything
 
 

@@ -149,16 +149,25 @@ def test_clip_takes_other_donors_and_context_along():
 
 def test_foreign_share_of_the_left_context():
     assert Segment(1, 0, 0, 5).foreign == 0
-    assert Segment(1, 0, 100, 5).foreign == 1
-    assert Segment(1, 0, 100, 5, context=75).foreign == 0.25
-    assert Segment(1, 0, 100, 5, context=120).foreign == 0
+    assert Segment(1, 50, 100, 5).foreign == 1
+    assert Segment(1, 50, 100, 5, context=75).foreign == 0.25
+    assert Segment(1, 50, 100, 5, context=120).foreign == 0
     assert Segment(1, 300, 0, 5).foreign == 1  # the donor saw 300 tokens that the prompt does not have
     assert Segment(1, 400, 100, 5, context=100).foreign == 0.75
 
 
+def test_a_donor_on_its_own_is_twice_as_foreign_and_tells_nothing_of_its_tokens():
+    alone, elsewhere = Segment(1, 20, 200, 50), Segment(2, 90, 200, 50)
+    assert alone.bare and not elsewhere.bare and alone.foreign == 2 * elsewhere.foreign == 2
+    assert not Segment(1, 0, 90, 50).bare  # a header more or less is no context
+    assert not Segment(1, 200, 20, 50).bare  # here the prompt has less than the donor
+    assert Segment(1, 20, 200, 50).lone and Segment(1, 20, 200, 50, others=(Segment(3, 30, 200, 40),)).lone
+    assert not Segment(1, 20, 200, 50, others=(elsewhere,)).lone and elsewhere.lone
+
+
 def test_doubt_counts_tokens_by_the_foreign_share_of_their_context():
     plan = ReusePlan(
-        400, 0, (Segment(1, 0, 100, 50), Segment(1, 50, 200, 60, context=150), Segment(2, 0, 300, 40, 300))
+        400, 0, (Segment(1, 50, 100, 50), Segment(1, 100, 200, 60, context=150), Segment(2, 0, 300, 40, 300))
     )
     assert plan.doubtful_len(0, 400) == 50 + 60 * 0.5
     assert plan.doubtful_len(0, 125) == 25 and plan.doubtful_len(300, 400) == 0

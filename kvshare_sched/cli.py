@@ -9,6 +9,7 @@ import sys
 
 from kvshare_sched import __version__
 from kvshare_sched.errors import KVShareError
+from kvshare_sched.evaluation.cases import KINDS
 from kvshare_sched.evaluation.methods import METHODS
 from kvshare_sched.evaluation.tasks import TASKS
 from kvshare_sched.loadtest.arrivals import ARRIVALS
@@ -70,6 +71,7 @@ def _eval(options, rest: list[str]) -> int:
         method_names=options.methods,
         ratios=options.ratios,
         donors=options.donors,
+        kinds=options.kinds,
         model_path=options.model_path,
         out=options.out,
         server_arguments=rest,
@@ -161,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--methods", type=_names, default=list(METHODS), help=f"of {','.join(METHODS)}")
     quality.add_argument("--ratios", type=_numbers, default=[0.18, 0.3], help="of kvshare; the first is the main one")
     quality.add_argument("--donors", type=int, default=4, help="earlier contexts of each document")
+    quality.add_argument("--kinds", type=_names, default=list(KINDS), help=f"of donors: {','.join(KINDS)}")
     quality.add_argument("--model-path", help="a model folder; without it the embedded model")
     quality.add_argument("--out", default="out/eval", help="folder for report.json, report.md and frontier.png")
     quality.set_defaults(run=_eval, passes_through=True)

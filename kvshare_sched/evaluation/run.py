@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 from kvshare_sched import model, server
@@ -13,7 +13,7 @@ from kvshare_sched.client import Client
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.evaluation import formats, methods, report, tasks, texts
-from kvshare_sched.evaluation.cases import SEED, Case, Prompt
+from kvshare_sched.evaluation.cases import KINDS, SEED, Case, Prompt
 from kvshare_sched.evaluation.measure import ANSWER_TOKENS, Bench
 from kvshare_sched.evaluation.statistics import RESAMPLES
 
@@ -25,6 +25,7 @@ def run(
     method_names: Sequence[str],
     ratios: Sequence[float],
     donors: int,
+    kinds: Sequence[str],
     model_path: str | None,
     out: str,
     server_arguments: Sequence[str],
@@ -37,7 +38,7 @@ def run(
     methods.check_names(method_names, ratios)
     if donors < 1:
         raise ConfigError(f"--donors {donors} leaves nothing to reuse; accepted: 1 or more.")
-    chosen = deal(task_names, cases, donors)
+    chosen = deal(task_names, cases, donors, kinds)
     path, folder = Path(model_path) if model_path else model.prepare(), Path(out)
     pool = () if model_path or "--max-total-tokens" in server_arguments else server.SMALL_POOL
     arguments = server.fill_defaults(["--model-path", str(path), *server_arguments, *pool])
@@ -58,6 +59,7 @@ def run(
             "methods": {c.name: {"family": c.family, "budget": c.budget, "reuse": c.reuse} for c in columns},
             "ratios": list(ratios),
             "donors": donors,
+            "donor_kinds": list(kinds),
             "server_arguments": [a for a in arguments if a != str(path)],
             "server_settings": config.describe(),
             "layers": layers,
@@ -92,8 +94,10 @@ def _measure(bench: Bench, chosen: list[Case], columns: list[methods.Method], fo
     return said
 
 
-def deal(task_names: Sequence[str], count: int, donors: int) -> list[Case]:
-    """`count` cases, one task after the other; a file that is used up gives its turn to the rest."""
+def deal(task_names: Sequence[str], count: int, donors: int, kinds: Sequence[str] = KINDS) -> list[Case]:
+    """`count` cases with donors of these kinds, one task after the other; a used-up file gives its turn to the rest."""
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ConfigError(f"--kinds {','.join(kinds)} is not known; accepted: {', '.join(KINDS)}, or both.")
     library = texts.library()
     fillers = [" ".join(p) for p in library[:8]]
 
@@ -102,9 +106,9 @@ def deal(task_names: Sequence[str], count: int, donors: int) -> list[Case]:
             return formats.read(name, donors=donors, fillers=fillers)
         if name not in tasks.TASKS:
             raise ConfigError(f"task {name!r} is not known; accepted: {', '.join(tasks.TASKS)}, or a .jsonl file.")
-        return (tasks.build(name, i, donors=donors, passages=library) for i in range(count))
+        return (tasks.build(name, i, donors=donors, passages=library) for i in itertools.count())
 
-    supplies = [supply(name) for name in task_names]
+    supplies = [(case for case in supply(name) if case.donor_kind in kinds) for name in task_names]
     dealt: list[Case] = []
     while supplies and len(dealt) < count:
         turn = [(s, next(s, None)) for s in supplies]
@@ -112,7 +116,7 @@ def deal(task_names: Sequence[str], count: int, donors: int) -> list[Case]:
         dealt += [case for _, case in turn if case is not None]
     if not dealt:
         raise ConfigError(f"no case in {', '.join(task_names)} for --cases {count}; give at least one.")
-    return list(islice(dealt, count))
+    return dealt[:count]
 
 
 def fitting(cases: list[Case], render: Callable[[Prompt], list[int]], context_length: int) -> list[Case]:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from kvshare_sched.errors import ConfigError
 from kvshare_sched.evaluation import run, tasks, texts
 from kvshare_sched.evaluation.cases import KINDS, Case, Prompt, contains, earlier_prompts
 
@@ -132,6 +133,15 @@ def test_the_control_without_context_keeps_everything_but_the_documents():
 def test_cases_are_dealt_in_turn():
     dealt = run.deal(["fact", "twins"], 5, 1)
     assert [c.name for c in dealt] == ["fact/0", "twins/0", "fact/1", "twins/1", "fact/2"]
+
+
+def test_one_kind_of_donors_may_be_asked_for():
+    dealt = run.deal(["fact", "twins"], 5, 1, ["standalone"])
+    assert [c.name for c in dealt] == ["fact/1", "twins/1", "fact/3", "twins/3", "fact/5"]
+    assert {c.donor_kind for c in dealt} == {"standalone"}
+    for wrong in ([], ["foreing"]):
+        with pytest.raises(ConfigError, match="foreign, standalone"):
+            run.deal(["fact"], 5, 1, wrong)
 
 
 def test_the_library_is_prose_of_passage_length():

@@ -1,0 +1,205 @@
+"""Position-masked ragged attention over paged KV, and the attention each key receives, in Triton.
+
+The plain twins are `reference.paged_attention` and `reference.attention_column_mass`. The heads of a group are packed
+into the rows of one product, so any ratio of query to KV heads fills a block. A block of rows visits the keys up to
+its last row's position and no more. Few rows over many keys would leave most of a GPU idle, so their keys are split
+over several programs and the parts put together by their log-sum-exp.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from kvshare_kernels.device import on_device
+from kvshare_kernels.paged_rows import PagedRows
+
+_M, _N = 64, 64  # packed rows and keys of a block
+_LOG2E = tl.constexpr(1.4426950408889634)
+_PROGRAMS = 512  # enough for any GPU; fewer blocks than that are split by keys
+_SPLIT = 1024  # keys of a part at least
+DIMS = (16, 32, 64, 128, 256)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def _product(a, b, IEEE: tl.constexpr):
+    # float32 inputs keep their precision: the default would round them to 10 bits. Triton's interpreter cannot
+    # multiply bfloat16, so there everything takes this road.
+    if IEEE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b)
+
+
+@triton.jit
+def _capped(scores, cap, CAPPED: tl.constexpr):
+    if CAPPED:
+        # tanh from exp of a negative argument, which cannot overflow
+        away = tl.exp(-2 * tl.abs(scores / cap))
+        scores = tl.where(scores < 0, -cap, cap) * (1 - away) / (1 + away)
+    return scores
+
+
+@triton.jit
+def _attend(
+    q, keys, values, out, sums, positions, block_row, block_rows, block_key, kv_indices,
+    rows, scale, cap, chunk,
+    q_row, q_head, k_slot, k_head, v_slot, v_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, CAPPED: tl.constexpr, IEEE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    block, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(block_row + block)
+    count = tl.load(block_rows + block)
+    base = tl.load(block_key + block).to(tl.int64)
+    packed = tl.arange(0, M)
+    row = first + packed // GROUP
+    head = group * GROUP + packed % GROUP
+    real = packed < count * GROUP
+    position = tl.load(positions + row, mask=real, other=-1)
+    dim = tl.arange(0, DIM)
+    row64 = row.to(tl.int64)
+    query = tl.load(q + row64[:, None] * q_row + head[:, None] * q_head + dim[None, :], mask=real[:, None], other=0.0)
+
+    low = part * chunk
+    high = tl.minimum(tl.max(position, axis=0) + 1, low + chunk)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    mixed = tl.zeros((M, DIM), tl.float32)
+    for start in range(low, high, N):
+        key = start + tl.arange(0, N)
+        inside = key < high
+        slot = tl.load(kv_indices + base + key, mask=inside, other=0).to(tl.int64)
+        k = tl.load(keys + slot[None, :] * k_slot + group * k_head + dim[:, None], mask=inside[None, :], other=0.0)
+        scores = _capped(_product(query, k, IEEE) * scale, cap, CAPPED)
+        scores = tl.where((key[None, :] <= position[:, None]) & inside[None, :], scores, float("-inf"))
+        highest = tl.maximum(top, tl.max(scores, axis=1))
+        shown = tl.where(highest == float("-inf"), 0.0, highest)  # a row that has seen nothing yet
+        weights = tl.exp2((scores - shown[:, None]) * _LOG2E)
+        before = tl.exp2((top - shown) * _LOG2E)
+        total = total * before + tl.sum(weights, axis=1)
+        v = tl.load(values + slot[:, None] * v_slot + group * v_head + dim[None, :], mask=inside[:, None], other=0.0)
+        mixed = mixed * before[:, None] + _product(weights.to(v.dtype), v, IEEE)
+        top = highest
+    seen = tl.where(total > 0, total, 1.0)
+    at = (part * rows + row64) * HEADS + head
+    tl.store(
+        out + at[:, None] * DIM + dim[None, :], (mixed / seen[:, None]).to(out.dtype.element_ty), mask=real[:, None]
+    )
+    tl.store(sums + at, tl.where(total > 0, top + tl.log(seen), float("-inf")), mask=real)
+
+
+@triton.jit
+def _received(
+    q, keys, sums, positions, mass, rows, length, scale,
+    q_row, q_head, k_row, k_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, IEEE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    key = tl.program_id(0) * N + tl.arange(0, N)
+    inside = key < length
+    dim = tl.arange(0, DIM)
+    k = tl.load(
+        keys + key.to(tl.int64)[None, :] * k_row + group * k_head + dim[:, None], mask=inside[None, :], other=0.0
+    )
+    received = tl.zeros((N,), tl.float32)
+    for start in range(0, rows * GROUP, M):
+        packed = start + tl.arange(0, M)
+        row, head = (packed // GROUP).to(tl.int64), group * GROUP + packed % GROUP
+        real = packed < rows * GROUP
+        position = tl.load(positions + row, mask=real, other=-1)
+        if tl.max(position, axis=0) >= tl.program_id(0) * N:  # rows ascend: the first blocks do not come this far
+            query = tl.load(
+                q + row[:, None] * q_row + head[:, None] * q_head + dim[None, :], mask=real[:, None], other=0.0
+            )
+            total = tl.load(sums + row * HEADS + head, mask=real, other=0.0)
+            weights = tl.exp2((_product(query, k, IEEE) * scale - total[:, None]) * _LOG2E)
+            received += tl.sum(tl.where(key[None, :] <= position[:, None], weights, 0.0), axis=0)
+    tl.store(mass + group * length + key, received, mask=inside)
+
+
+class TritonAttention:
+    """Planned once a batch, run once a layer. heads, groups: query and KV heads; dim: 16, 32, 64, 128 or 256."""
+
+    def __init__(self, heads: int, groups: int, dim: int, *, soft_cap: float = 0.0):
+        if heads % groups or heads // groups > _M or dim not in DIMS:
+            raise ValueError(f"{heads} query heads, {groups} KV heads of {dim}: give a multiple and a power of two")
+        self.heads, self.groups, self.dim, self.soft_cap = heads, groups, dim, soft_cap
+
+    def plan(self, rows: PagedRows) -> None:
+        """Cut the rows into blocks; what is written for one batch stands until the next plan."""
+        sequence, starts, counts = self._blocks(rows.qo_indptr)
+        longest = int(rows.positions[starts + counts - 1].max()) + 1
+        positions = on_device(rows.positions.astype(np.int32), rows.kv_indices)
+        self._plan(positions, starts, counts, rows.kv_indptr[sequence], longest, rows.kv_indices)
+
+    def _blocks(self, qo_indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sequence, first row and number of rows of each block."""
+        held = _M // (self.heads // self.groups)
+        starts = [np.arange(a, b, held) for a, b in zip(qo_indptr[:-1], qo_indptr[1:], strict=True)]
+        sequence = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
+        starts = np.concatenate(starts)
+        return sequence, starts, np.minimum(held, qo_indptr[sequence + 1] - starts)
+
+    def _plan(self, positions, starts, counts, first_key, longest: int, kv_indices) -> None:
+        self.parts = max(1, min(_PROGRAMS // (len(starts) * self.groups), longest // _SPLIT))
+        self.chunk = -(-longest // (self.parts * _N)) * _N
+        self.rows, self.blocks = len(positions), len(starts)
+        self.positions, self.kv_indices = positions, kv_indices
+        table = on_device(np.concatenate((starts, counts, first_key)).astype(np.int32), kv_indices)
+        self.table = table.split(self.blocks)
+
+    def run(self, q, k_buffer, v_buffer, scale: float, *, out: torch.Tensor | None = None):
+        """(out [n, H, D] in q's dtype, log-sum-exp float32 [n, H]); q [n, H, D], buffers [slots, G, D]."""
+        if q.shape != (self.rows, self.heads, self.dim) or k_buffer.shape[1:] != (self.groups, self.dim):
+            raise ValueError(
+                f"q {tuple(q.shape)} and keys {tuple(k_buffer.shape)}: planned for q "
+                f"[{self.rows}, {self.heads}, {self.dim}] and keys [slots, {self.groups}, {self.dim}]"
+            )
+        if not (q.dtype == k_buffer.dtype == v_buffer.dtype and q.dtype in DTYPES):
+            raise ValueError(
+                f"{q.dtype}, {k_buffer.dtype}, {v_buffer.dtype}: give one dtype, float32 or half precision"
+            )
+        if 1 != q.stride(2) or 1 != k_buffer.stride(2) or 1 != v_buffer.stride(2):
+            raise ValueError("the dimensions of a head must lie side by side")
+        alone = self.parts == 1
+        written = out if alone and out is not None and out.is_contiguous() else None
+        if written is None:
+            dtype = q.dtype if alone else torch.float32
+            written = torch.empty((self.parts, *q.shape), dtype=dtype, device=q.device)
+        sums = torch.empty((self.parts, self.rows, self.heads), dtype=torch.float32, device=q.device)
+        _attend[(self.blocks, self.groups, self.parts)](
+            q, k_buffer, v_buffer, written, sums, self.positions, *self.table, self.kv_indices,
+            self.rows, scale, self.soft_cap, self.chunk,
+            q.stride(0), q.stride(1), k_buffer.stride(0), k_buffer.stride(1), v_buffer.stride(0), v_buffer.stride(1),
+            HEADS=self.heads, GROUP=self.heads // self.groups, DIM=self.dim, CAPPED=self.soft_cap > 0,
+            IEEE=q.dtype == torch.float32 or not q.is_cuda, M=_M, N=_N,
+            num_warps=4 if self.dim <= 128 else 8,
+        )  # fmt: skip
+        if written is out:
+            return out, sums[0]
+        if not alone:
+            whole = torch.logsumexp(sums, dim=0)
+            written, sums = (written * (sums - whole).exp()[..., None]).sum(dim=0, keepdim=True), whole[None]
+        result = written[0].to(q.dtype)
+        return (result if out is None else out.copy_(result)), sums[0]
+
+
+def attention_column_mass(q: torch.Tensor, k: torch.Tensor, q_positions: torch.Tensor, scale: float) -> torch.Tensor:
+    """As `reference.attention_column_mass`, float32 [m], from each row's log-sum-exp: no n x m matrix is ever held.
+
+    q [n, H, D], k [m, G, D], q_positions int64 [n] ascending. Does not wait for the device.
+    """
+    (rows, heads, dim), (length, groups, _) = q.shape, k.shape
+    attention = TritonAttention(heads, groups, dim)
+    sequence, starts, counts = attention._blocks(np.array([0, rows]))
+    every = torch.arange(length, dtype=torch.int32, device=k.device)
+    attention._plan(q_positions.int(), starts, counts, 0 * sequence, length, every)
+    _, sums = attention.run(q, k, k, scale)
+    mass = torch.empty((groups, length), dtype=torch.float32, device=q.device)
+    _received[(triton.cdiv(length, _N), groups)](
+        q, k, sums, attention.positions, mass, rows, length, scale,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+        HEADS=heads, GROUP=heads // groups, DIM=dim, IEEE=q.dtype == torch.float32 or not q.is_cuda, M=_M, N=_N,
+    )  # fmt: skip
+    return mass.sum(dim=0) / heads

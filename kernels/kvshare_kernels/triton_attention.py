@@ -160,7 +160,7 @@ class TritonAttention:
             raise ValueError(
                 f"{q.dtype}, {k_buffer.dtype}, {v_buffer.dtype}: give one dtype, float32 or half precision"
             )
-        if 1 != q.stride(2) or 1 != k_buffer.stride(2) or 1 != v_buffer.stride(2):
+        if q.stride(2) != 1 or k_buffer.stride(2) != 1 or v_buffer.stride(2) != 1:
             raise ValueError("the dimensions of a head must lie side by side")
         alone = self.parts == 1
         written = out if alone and out is not None and out.is_contiguous() else None

@@ -1,4 +1,4 @@
-"""Triton's kernels compile for Ampere and Hopper, on a machine without a GPU too, and the copy moves 16 bytes at once."""
+"""The Triton kernels compile for Ampere and Hopper, without a GPU too, and the copy moves 16 bytes at a time."""
 
 import os
 

@@ -1,14 +1,12 @@
 """The Triton kernels compile for Ampere and Hopper, without a GPU too, and the copy moves 16 bytes at a time."""
 
-import os
-
 import pytest
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+pytestmark = pytest.mark.cpu  # on a GPU they are compiled to run
 TARGETS = [80, 90]
 
 

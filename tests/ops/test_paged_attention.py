@@ -8,7 +8,7 @@ import pytest
 import torch
 from samples import DIMS, HEADS, TOLERANCE, same, scattered, tensor
 
-from kvshare_kernels import PagedRows, in_triton, reference
+from kvshare_kernels import PagedRows, reference
 
 SLOTS = 1000
 TIGHT = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -97,9 +97,7 @@ def test_what_does_not_fit_is_told(positions, qo, kv, slots, says, device):
 
 
 @pytest.fixture
-def kernel(device):
-    if not in_triton(torch.empty(0, device=device)):
-        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+def kernel():
     from kvshare_kernels.triton_attention import TritonAttention
 
     return TritonAttention
@@ -117,23 +115,27 @@ def check(kernel, rows, heads, dim, dtype, device, soft_cap=0.0, scale=None):
     assert torch.allclose(sums, wanted_sums, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(("heads", "dim"), [(h, d) for h in HEADS for d in DIMS] + [((14, 2), 128)], ids=str)
 @pytest.mark.parametrize("dtype", list(TIGHT), ids=str)
 def test_kernel_equals_its_twin(kernel, heads, dim, dtype, device):
     check(kernel, mixed(device), heads, dim, dtype, device)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("page", [16, 64])
 def test_kernel_over_larger_pages(kernel, page, device):
     rows = paged([257, 65, 130], [scattered(19, 257).numpy(), np.arange(65), np.array([3, 129])], device, page)
     check(kernel, rows, (9, 3), 64, torch.float32, device)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernel_with_a_soft_cap(kernel, dtype, device):
     check(kernel, mixed(device), (8, 2), 64, dtype, device, soft_cap=2.0, scale=1.0)
 
 
+@pytest.mark.triton
 def test_kernel_splits_few_rows_over_many_keys(kernel, device, monkeypatch):
     from kvshare_kernels import triton_attention
 
@@ -146,6 +148,7 @@ def test_kernel_splits_few_rows_over_many_keys(kernel, device, monkeypatch):
     assert attention.parts > 4
 
 
+@pytest.mark.triton
 def test_kernel_writes_where_it_is_told(kernel, device):
     rows = mixed(device)
     q, k, v = inputs(rows, (9, 3), 64, torch.float32, device)
@@ -156,6 +159,7 @@ def test_kernel_writes_where_it_is_told(kernel, device):
         assert attention.run(q, k, v, 0.1, out=out)[0] is out and torch.equal(out, wanted)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_kernel_aligned_to_the_last_rows_fails_this_comparison(kernel, dtype, device):
     """The mistake both public CacheBlend codes make: rows counted back from the last key, whatever their positions."""
@@ -171,6 +175,7 @@ def test_a_kernel_aligned_to_the_last_rows_fails_this_comparison(kernel, dtype, 
         assert torch.allclose(found.float(), wanted.float(), **TOLERANCE[dtype]) is right
 
 
+@pytest.mark.triton
 def test_kernel_says_what_does_not_fit(kernel, device):
     rows = mixed(device)
     q, k, v = inputs(rows, (4, 2), 64, torch.float32, device)

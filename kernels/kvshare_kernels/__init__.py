@@ -2,7 +2,7 @@
 
 from kvshare_kernels.consensus import Donors, blend, fit, key_spread
 from kvshare_kernels.deviation import attention_column_mass, token_deviation, top_k
-from kvshare_kernels.device import in_triton, on_device
+from kvshare_kernels.device import in_triton, in_use, on_device
 from kvshare_kernels.few_rows import linear
 from kvshare_kernels.kv_copy import copy_rotate, rotation_rows
 from kvshare_kernels.paged_rows import PagedRows, slots_of
@@ -18,6 +18,7 @@ __all__ = [
     "copy_rotate",
     "fit",
     "in_triton",
+    "in_use",
     "key_spread",
     "linear",
     "on_device",

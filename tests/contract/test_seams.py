@@ -53,7 +53,7 @@ LAYERS = (
     {"kvshare_sched.pipeline"},
     {"kvshare_sched.peek"},
     {"kvshare_sched.evidence"},
-    {"kvshare_sched.decode_repair", "kvshare_sched.assembly"},
+    {"kvshare_sched.decode_repair", "kvshare_sched.assembly", "kvshare_sched.gpu.attention"},
     {
         "kvshare_sched.executor",
         "kvshare_sched.support",
@@ -91,6 +91,7 @@ TOUCHES_SGLANG = {
     "kvshare_sched.cpu.platform",
     "kvshare_sched.cpu.attention",
     "kvshare_sched.cpu.products",
+    "kvshare_sched.gpu.attention",
     "radix_ext.backend",
     "radix_ext.donors",
 }

@@ -97,7 +97,7 @@ def turned_donors(buffer, donors, cos_sin, shifts, *, neox):
 
 def key_spread(k_buffers, donors, cos_sin, shifts, *, neox):
     """Sum over the layers of sum_i w_i |k_i - mean|^2 / mean_p sum_i w_i |k_i|^2, float32 [n]."""
-    spread = torch.zeros(donors.weights.shape[1])
+    spread = torch.zeros_like(donors.weights[0])
     for keys in k_buffers:
         moved = turned_donors(keys, donors, cos_sin, shifts, neox=neox)
         mean = (donors.weights[:, :, None, None] * moved).sum(dim=0)

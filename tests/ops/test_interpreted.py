@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-MODULES = ("test_copy_rotate.py", "test_deviation.py", "test_paged_attention.py")
+MODULES = ("test_copy_rotate.py", "test_deviation.py", "test_paged_attention.py", "test_gpu_check.py")
 
 
 @pytest.mark.cpu

@@ -9,6 +9,7 @@
     e2e      end-to-end tests on the real server
     engine   the real server with dummy weights: time to first token off and on, and what it costs when nothing matches
     quality  the demo on the embedded model: time and KL to full prefill
+    tune     the Triton attention cut in every way, at the longest prompt; only when named
 
 The first three need torch and Triton alone and run from the checkout with any python. A stage that lacks a package
 says so and counts as left out. Every stage has a process and a time limit of its own, and every result is in its file
@@ -32,7 +33,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT), str(ROOT / "kernels")]
 
 from gpu.shapes import SHAPES  # noqa: E402
 
-LIMITS_S = {"ops": 420, "kernels": 300, "prefill": 420, "e2e": 1500, "engine": 1800, "quality": 420}
+LIMITS_S = {"ops": 420, "kernels": 300, "prefill": 420, "e2e": 1500, "engine": 1800, "quality": 420, "tune": 300}
 NEEDS = {"ops": ("pytest", "hypothesis")} | dict.fromkeys(("e2e", "engine", "quality"), ("sglang", "requests"))
 OPS = ("copy_rotate", "deviation", "paged_attention", "flashinfer", "consensus_ops", "gpu_check")
 E2E = ("default", "same_context", "every_cell", "pages_and_chunks", "untouched", "memory_pressure", "live_audit")
@@ -47,7 +48,7 @@ def missing(stage: str, device: str) -> str | None:
 
     if device != "cpu" and not torch.cuda.is_available():
         return "needs a GPU"
-    if device == "cpu" and stage not in ("kernels", "prefill"):
+    if device == "cpu" and stage not in ("kernels", "prefill", "tune"):
         return "needs a GPU; on a CPU the ordinary tests do this"
     return None
 
@@ -86,6 +87,10 @@ def stage(name: str, options) -> None:
         from gpu import kernels
 
         kernels.run(results, shapes, lengths, shares[0], options.device)
+    elif name == "tune":
+        from gpu import kernels
+
+        kernels.tune(results, shapes, lengths, shares[0], options.device)
     elif name == "prefill":
         from gpu import prefill
 
@@ -111,7 +116,7 @@ def main() -> int:
     def words(text: str) -> list[str]:
         return text.split(",")
 
-    parser.add_argument("--stages", type=words, default=list(LIMITS_S))
+    parser.add_argument("--stages", type=words, default=list(LIMITS_S)[:-1])
     parser.add_argument("--shapes", type=words, default=[name for name in SHAPES if name != "tiny"])
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in words(text)], default=[2048, 8192, 32768, 65536])
     parser.add_argument("--ratios", type=lambda text: [float(x) for x in words(text)], default=[0.10, 0.18])

@@ -31,7 +31,7 @@ def attention_column_mass(
     if in_triton(q) and rows:
         from kvshare_kernels import triton_attention
 
-        if dim in triton_attention.DIMS and q.dtype == k.dtype:
+        if dim in triton_attention.DIMS and q.dtype == k.dtype and q.dtype in triton_attention.DTYPES:
             return triton_attention.attention_column_mass(q, k, q_positions, scale)
     mass = torch.zeros(k.shape[0], dtype=torch.float32, device=k.device)
     keys = k.float().permute(1, 2, 0)  # [G, D, m]

@@ -6,6 +6,8 @@ its last row's position and no more. Few rows over many keys would leave most of
 over several programs and the parts put together by their log-sum-exp.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import triton
@@ -14,7 +16,7 @@ import triton.language as tl
 from kvshare_kernels.device import on_device
 from kvshare_kernels.paged_rows import PagedRows
 
-_M, _N = 64, 64  # packed rows and keys of a block
+_M, _N = 64, 64  # packed rows and keys of a block that scores keys
 _LOG2E = tl.constexpr(1.4426950408889634)
 _PROGRAMS = 512  # enough for any GPU; fewer blocks than that are split by keys
 _SPLIT = 1024  # keys of a part at least
@@ -118,24 +120,46 @@ def _received(
     tl.store(mass + group * length + key, received, mask=inside)
 
 
-class TritonAttention:
-    """Planned once a batch, run once a layer. heads, groups: query and KV heads; dim: 16, 32, 64, 128 or 256."""
+class Blocks(NamedTuple):
+    """How a block of the kernel is cut: packed rows, keys, warps, and how many steps ahead keys are fetched."""
 
-    def __init__(self, heads: int, groups: int, dim: int, *, soft_cap: float = 0.0):
-        if heads % groups or heads // groups > _M or dim not in DIMS:
-            raise ValueError(f"{heads} query heads, {groups} KV heads of {dim}: give a multiple and a power of two")
-        self.heads, self.groups, self.dim, self.soft_cap = heads, groups, dim, soft_cap
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_SMALL = Blocks(64, 32, 4, 2)  # float32, large heads, and GPUs with 100 kB of shared memory
+_LARGE = Blocks(128, 64, 8, 3)  # not tuned on a GPU yet
+
+
+class TritonAttention:
+    """Planned once a batch, run once a layer. heads, groups: query and KV heads; dim: of a head, one of DIMS.
+
+    dtype: of q, keys and values; blocks: how to cut, None for what suits dtype and GPU. Raises ValueError.
+    """
+
+    def __init__(self, heads, groups, dim, *, soft_cap=0.0, dtype=torch.bfloat16, blocks: Blocks | None = None):
+        if heads % groups or heads // groups > _SMALL.rows or dim not in DIMS or dtype not in DTYPES:
+            raise ValueError(
+                f"{heads} query heads, {groups} KV heads of {dim}, {dtype}: give a multiple, a power of two from 16 to "
+                "256, and float32 or half precision"
+            )
+        self.heads, self.groups, self.dim, self.soft_cap, self.dtype = heads, groups, dim, soft_cap, dtype
+        self.given = blocks
 
     def plan(self, rows: PagedRows) -> None:
         """Cut the rows into blocks; what is written for one batch stands until the next plan."""
-        sequence, starts, counts = self._blocks(rows.qo_indptr)
+        sequence, starts, counts = self._cut(rows.qo_indptr, rows.kv_indices)
         longest = int(rows.positions[starts + counts - 1].max()) + 1
         positions = on_device(rows.positions.astype(np.int32), rows.kv_indices)
         self._plan(positions, starts, counts, rows.kv_indptr[sequence], longest, rows.kv_indices)
 
-    def _blocks(self, qo_indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _cut(self, qo_indptr: np.ndarray, like: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sequence, first row and number of rows of each block."""
-        held = _M // (self.heads // self.groups)
+        large = self.dim <= 128 and self.dtype != torch.float32 and _roomy(like)
+        self.block = self.given or (_LARGE if large else _SMALL)
+        held = self.block.rows // (self.heads // self.groups)
         starts = [np.arange(a, b, held) for a, b in zip(qo_indptr[:-1], qo_indptr[1:], strict=True)]
         sequence = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
         starts = np.concatenate(starts)
@@ -143,7 +167,8 @@ class TritonAttention:
 
     def _plan(self, positions, starts, counts, first_key, longest: int, kv_indices) -> None:
         self.parts = max(1, min(_PROGRAMS // (len(starts) * self.groups), longest // _SPLIT))
-        self.chunk = -(-longest // (self.parts * _N)) * _N
+        step = self.parts * self.block.keys
+        self.chunk = -(-longest // step) * self.block.keys
         self.rows, self.blocks = len(positions), len(starts)
         self.positions, self.kv_indices = positions, kv_indices
         table = on_device(np.concatenate((starts, counts, first_key)).astype(np.int32), kv_indices)
@@ -156,12 +181,11 @@ class TritonAttention:
                 f"q {tuple(q.shape)} and keys {tuple(k_buffer.shape)}: planned for q "
                 f"[{self.rows}, {self.heads}, {self.dim}] and keys [slots, {self.groups}, {self.dim}]"
             )
-        if not (q.dtype == k_buffer.dtype == v_buffer.dtype and q.dtype in DTYPES):
-            raise ValueError(
-                f"{q.dtype}, {k_buffer.dtype}, {v_buffer.dtype}: give one dtype, float32 or half precision"
-            )
+        if {q.dtype, k_buffer.dtype, v_buffer.dtype} != {self.dtype}:
+            raise ValueError(f"{q.dtype}, {k_buffer.dtype}, {v_buffer.dtype}: planned for {self.dtype}")
         if q.stride(2) != 1 or k_buffer.stride(2) != 1 or v_buffer.stride(2) != 1:
             raise ValueError("the dimensions of a head must lie side by side")
+        block = self.block
         alone = self.parts == 1
         written = out if alone and out is not None and out.is_contiguous() else None
         if written is None:
@@ -173,8 +197,8 @@ class TritonAttention:
             self.rows, scale, self.soft_cap, self.chunk,
             q.stride(0), q.stride(1), k_buffer.stride(0), k_buffer.stride(1), v_buffer.stride(0), v_buffer.stride(1),
             HEADS=self.heads, GROUP=self.heads // self.groups, DIM=self.dim, CAPPED=self.soft_cap > 0,
-            IEEE=q.dtype == torch.float32 or not q.is_cuda, M=_M, N=_N,
-            num_warps=4 if self.dim <= 128 else 8,
+            IEEE=q.dtype == torch.float32 or not q.is_cuda, M=block.rows, N=block.keys,
+            num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
         if written is out:
             return out, sums[0]
@@ -185,14 +209,21 @@ class TritonAttention:
         return (result if out is None else out.copy_(result)), sums[0]
 
 
+def _roomy(like: torch.Tensor) -> bool:
+    """Whether a block may use the shared memory that GPUs for servers have."""
+    if not like.is_cuda:
+        return False
+    return torch.cuda.get_device_properties(like.device).shared_memory_per_block_optin >= 160_000
+
+
 def attention_column_mass(q: torch.Tensor, k: torch.Tensor, q_positions: torch.Tensor, scale: float) -> torch.Tensor:
     """As `reference.attention_column_mass`, float32 [m], from each row's log-sum-exp: no n x m matrix is ever held.
 
     q [n, H, D], k [m, G, D], q_positions int64 [n] ascending. Does not wait for the device.
     """
     (rows, heads, dim), (length, groups, _) = q.shape, k.shape
-    attention = TritonAttention(heads, groups, dim)
-    sequence, starts, counts = attention._blocks(np.array([0, rows]))
+    attention = TritonAttention(heads, groups, dim, dtype=q.dtype)
+    sequence, starts, counts = attention._cut(np.array([0, rows]), k)
     every = torch.arange(length, dtype=torch.int32, device=k.device)
     attention._plan(q_positions.int(), starts, counts, 0 * sequence, length, every)
     _, sums = attention.run(q, k, k, scale)

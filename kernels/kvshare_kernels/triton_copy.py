@@ -4,12 +4,14 @@ The plain twin is `reference.copy_rotate`. One program moves a few tokens of one
 pairs are read once, turned in float32 and written once, so the traffic is that of a copy.
 """
 
-import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from kvshare_kernels.device import on_device
 
 _LANES = 2048  # elements a program handles at a time
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -63,11 +65,6 @@ def _copy_rotate(
     tl.store(values + new * v_stride + at, tl.load(values + old * v_stride + at, mask=real), mask=real)
 
 
-@functools.lru_cache(maxsize=64)
-def _addresses(pointers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(pointers, dtype=torch.int64, device=device)
-
-
 def copy_rotate(
     k_buffers: Sequence[torch.Tensor],
     v_buffers: Sequence[torch.Tensor],
@@ -105,7 +102,7 @@ def copy_rotate(
     pairs, width = rotary // 2, values.shape[1] * values.shape[2]
     lanes = triton.next_power_of_2(heads * pairs)
     tokens = max(1, _LANES // lanes)
-    table = _addresses(tuple(b.data_ptr() for b in (*k_buffers, *v_buffers)), keys.device)
+    table = on_device(np.array([b.data_ptr() for b in (*k_buffers, *v_buffers)]), keys)
     _copy_rotate[(triton.cdiv(len(source), tokens), len(k_buffers))](
         table, source, target, shift, cos_sin, len(source), len(k_buffers),
         keys.stride(0), values.stride(0),

@@ -74,8 +74,9 @@ class RowAttention(AttentionBackend):
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
-        out, _ = self.kernel.run(q, keys, values, layer.scaling)
-        return out.reshape(q.shape[0], -1)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self.kernel.run(q, keys, values, layer.scaling, out=out)
+        return out.view(q.shape[0], -1)
 
 
 def create(model_runner, attention: Mapping[int, torch.nn.Module]) -> RowAttention:
@@ -112,7 +113,7 @@ def _kernel(heads: int, groups: int, dim: int, soft_cap: float, buffer: torch.Te
     except Exception as why:  # not installed, no compiler, a shape it does not serve
         logger.info("kvshare: FlashInfer does not serve scattered rows here (%s); Triton does", why)
         try:
-            kernel = TritonAttention(heads, groups, dim, soft_cap=soft_cap)
+            kernel = TritonAttention(heads, groups, dim, soft_cap=soft_cap, dtype=buffer.dtype)
         except ValueError as error:
             raise UnsupportedError(f"no kernel for scattered rows: {error}") from error
     logger.info("kvshare: scattered rows run in %s", type(kernel).__name__)

@@ -6,11 +6,14 @@ copying with rotation (share of the copy), attention over scattered rows (share 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
+import triton
 
 from kvshare_kernels import PagedRows, attention_column_mass, copy_rotate, token_deviation, top_k
-from kvshare_kernels.triton_attention import TritonAttention
+from kvshare_kernels.triton_attention import Blocks, TritonAttention
 
 from .results import Results, seconds
 from .shapes import SHAPES, Shape
@@ -143,3 +146,27 @@ def run(results: Results, shapes: list[str], lengths: list[int], share: float, d
             scoring(results, name, tokens, device, copied)
             if device != "cpu":
                 torch.cuda.empty_cache()
+
+
+def tune(results: Results, shapes: list[str], lengths: list[int], share: float, device: str) -> None:
+    """Stage `tune`: the Triton attention cut in every way, for whoever changes its defaults."""
+    for name in shapes:
+        shape, tokens = SHAPES[name], lengths[-1]
+        size = (tokens, shape.groups, shape.dim)
+        keys, values = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(2))
+        positions = chosen_rows(tokens, share)
+        slots = torch.randperm(tokens, device=device).int()
+        rows = PagedRows.checked(positions, [0, len(positions)], [0, tokens], slots)
+        q = torch.randn(len(positions), shape.heads, shape.dim, device=device, dtype=torch.bfloat16)
+        work = 4 * shape.heads * shape.dim * float((positions + 1).sum())
+        for cut in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+            attention = TritonAttention(shape.heads, shape.groups, shape.dim, blocks=Blocks(*cut))
+            attention.plan(rows)
+            try:
+                spent = seconds(lambda: attention.run(q, keys, values, shape.dim**-0.5), device=device)  # noqa: B023
+            except triton.runtime.errors.OutOfResources:
+                continue
+            results.add(
+                model_shape=name, kernel="attention: triton", blocks=list(cut), prompt_tokens=tokens, ratio=share,
+                seconds=spent, tflop_s=work / spent / 1e12,
+            )  # fmt: skip

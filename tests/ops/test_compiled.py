@@ -10,7 +10,7 @@ pytestmark = pytest.mark.cpu  # on a GPU they are compiled to run
 TARGETS = [80, 90]
 
 
-def compiled(kernel, target: int, types: dict[str, str], constants: dict):
+def compiled(kernel, target: int, types: dict[str, str], constants: dict, options: dict | None = None):
     """The kernel's binaries; types: of the arguments that are no constants, pointers and strides divisible by 16."""
     assert set(types) | set(constants) == set(kernel.arg_names)
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -22,7 +22,7 @@ def compiled(kernel, target: int, types: dict[str, str], constants: dict):
         constexprs={at[name]: value for name, value in constants.items()},
         attrs={at[name]: [["tt.divisibility", 16]] for name in divisible},
     )
-    return triton.compile(source, target=GPUTarget("cuda", target, 32)).asm
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm
 
 
 def scalars(*names: str, kind: str = "i32") -> dict[str, str]:
@@ -32,14 +32,17 @@ def scalars(*names: str, kind: str = "i32") -> dict[str, str]:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("dim", "dtype"), [(64, "fp32"), (64, "fp16"), (128, "bf16")])
 def test_attention(target, dim, dtype):
-    from kvshare_kernels.triton_attention import _attend
+    from kvshare_kernels import triton_attention
 
     types = scalars("q", "keys", "values", "out", kind=f"*{dtype}") | {"sums": "*fp32"}
     types |= scalars("positions", "block_row", "block_rows", "block_key", "kv_indices", kind="*i32")
     types |= scalars("rows", "chunk", "q_row", "q_head", "k_slot", "k_head", "v_slot", "v_head")
     types |= scalars("scale", "cap", kind="fp32")
-    capped = {"HEADS": 28, "GROUP": 7, "DIM": dim, "CAPPED": True, "IEEE": dtype == "fp32", "M": 64, "N": 64}
-    assert compiled(_attend, target, types, capped)["cubin"]
+    block = triton_attention._SMALL if dtype == "fp32" else triton_attention._LARGE
+    constants = {"HEADS": 28, "GROUP": 7, "DIM": dim, "CAPPED": True, "IEEE": dtype == "fp32"}
+    constants |= {"M": block.rows, "N": block.keys}
+    options = {"num_warps": block.warps, "num_stages": block.stages}
+    assert compiled(triton_attention._attend, target, types, constants, options)["cubin"]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -27,7 +27,7 @@ def test_measured_road_computes_what_it_says(share, device):
     shape, tokens = SHAPES["tiny"], 40
     torch.manual_seed(0)
     model = prefill.Decoder(shape, tokens, device, torch.float32)
-    kernel = TritonAttention(shape.heads, shape.groups, shape.dim)
+    kernel = TritonAttention(shape.heads, shape.groups, shape.dim, dtype=torch.float32)
     fresh = np.array([0, 1, 37, 38, 39])
     with torch.inference_mode():
         full = model.off()

@@ -106,7 +106,7 @@ def kernel():
 def check(kernel, rows, heads, dim, dtype, device, soft_cap=0.0, scale=None):
     q, k, v = inputs(rows, heads, dim, dtype, device)
     scale = scale or dim**-0.5
-    attention = kernel(*heads, dim, soft_cap=soft_cap)
+    attention = kernel(*heads, dim, soft_cap=soft_cap, dtype=dtype)
     attention.plan(rows)
     out, sums = attention.run(q, k, v, scale)
     wanted, wanted_sums = reference.paged_attention(q, k, v, rows, scale, soft_cap)
@@ -152,7 +152,7 @@ def test_kernel_splits_few_rows_over_many_keys(kernel, device, monkeypatch):
 def test_kernel_writes_where_it_is_told(kernel, device):
     rows = mixed(device)
     q, k, v = inputs(rows, (9, 3), 64, torch.float32, device)
-    attention = kernel(9, 3, 64)
+    attention = kernel(9, 3, 64, dtype=torch.float32)
     attention.plan(rows)
     wanted, _ = attention.run(q, k, v, 0.1)
     for out in (torch.full_like(q, float("nan")), torch.full((len(q), 11, 64), float("nan"), device=device)[:, 1:-1]):
@@ -168,7 +168,7 @@ def test_a_kernel_aligned_to_the_last_rows_fails_this_comparison(kernel, dtype, 
         rows = paged([last + 1], [positions], device)
         q, k, v = inputs(rows, (9, 3), 64, dtype, device)
         aligned = rows._replace(positions=np.arange(last + 1 - len(positions), last + 1))
-        attention = kernel(9, 3, 64)
+        attention = kernel(9, 3, 64, dtype=dtype)
         attention.plan(aligned)
         found, _ = attention.run(q, k, v, 0.125)
         wanted, _ = reference.paged_attention(q, k, v, rows, 0.125)
@@ -183,8 +183,39 @@ def test_kernel_says_what_does_not_fit(kernel, device):
         kernel(9, 2, 64)
     with pytest.raises(ValueError, match="power of two"):
         kernel(4, 2, 80)
-    attention = kernel(4, 2, 64)
+    with pytest.raises(ValueError, match="half precision"):
+        kernel(4, 2, 64, dtype=torch.float64)
+    attention = kernel(4, 2, 64, dtype=torch.float32)
     attention.plan(rows)
     for wrong in ((q[1:], k, v), (q, k.half(), v), (q.transpose(1, 2).contiguous().transpose(1, 2), k, v)):
         with pytest.raises(ValueError):
             attention.run(*wrong, 0.1)
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_the_device(kernel, device):
+    """Everything between two selections is queued without a look at what the device has computed."""
+    from kvshare_kernels import attention_column_mass, copy_rotate, slots_of, token_deviation
+
+    rows = mixed(device)
+    q, k, v = inputs(rows, (8, 2), 64, torch.bfloat16, device)
+    slots, table = torch.arange(200, device=device), torch.ones(512, 64, device=device)
+    requests = torch.arange(800, dtype=torch.int32, device=device).view(4, 200), slots[:2]
+    attention = kernel(8, 2, 64)
+
+    def work():
+        attention.plan(rows)
+        attention.run(q, k, v, 0.1)
+        rows.in_blocks(8)
+        slots_of(*requests, np.array([7, 130]))
+        copy_rotate([k], [v], [(slots[:100], slots[100:], 3)], table, neox=True)
+        token_deviation(k[:50], k[50:100])
+        attention_column_mass(q[:5], k, slots[:5], 0.1)
+
+    work()  # compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from harness import Server, start
 
+from kvshare_sched.cpu import has_nvidia_gpu
+
 
 @pytest.fixture(scope="module")
 def server(request) -> Iterator[Server]:
@@ -25,7 +27,11 @@ def leaves_nothing_behind(request):
         request.getfixturevalue("server").assert_idle_and_clean()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
+    if not has_nvidia_gpu():
+        left_out = [item for item in items if "/e2e/" in str(item.path) and item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

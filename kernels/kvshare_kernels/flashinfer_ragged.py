@@ -1,9 +1,10 @@
 """Position-masked ragged attention by FlashInfer, with a variant of ours (position_mask.cuh) built by its compiler.
 
-The plain twin is `reference.paged_attention`; the interface is `triton_attention.TritonAttention`'s. FlashInfer visits
-all keys of a sequence under such a mask, so the rows go in as blocks that end with the keys their last row sees; it
-splits the keys of few rows over the GPU by itself. Written for version 0.7.2: `jit_args` in the order of its
-`gen_customize_batch_prefill_module`, `variant_owns_mask` on its FA2 template (its FA3 template takes no such mask).
+The plain twin is `reference.paged_attention`; the interface is `triton_attention.TritonAttention`'s. Nearly all keys of
+a block of neighbouring rows lie before its first row: all its rows see them, and FlashInfer's fastest kernel takes them
+without a mask. The few from there to the block's last row need the mask, and the two results are put together by their
+log-sum-exp. FlashInfer splits the keys of few rows over the GPU by itself. Written for version 0.7.2: `jit_args` in the
+order of its `gen_customize_batch_prefill_module`, `variant_owns_mask` on its FA2 template (its FA3 template has none).
 """
 
 from importlib import resources
@@ -16,6 +17,7 @@ from kvshare_kernels.paged_rows import PagedRows
 DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 _BLOCK = 128  # rows
+_LN2 = float(np.log(2))
 _WORKSPACE = 256 << 20  # bytes, for parts of split keys
 
 
@@ -34,27 +36,33 @@ def jit_args(dtype: torch.dtype, dim: int, soft_cap: float) -> tuple[list, dict]
     return [name, *types, *extra, f"PositionMask<{capped}>", variant()], {"paged_kv_stride_mode": "equal"}
 
 
-class _Wrapper:
-    """One of FlashInfer's wrappers. Its plan travels through pinned memory, which must not be written before that."""
+class _Turns:
+    """Two of FlashInfer's wrappers in turns: a plan travels through pinned memory, which must not be written before it
+    has been read."""
 
     def __init__(self, workspace: torch.Tensor, **options):
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-        self.wrapped = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2", **options)
-        self.event = torch.cuda.Event() if workspace.is_cuda else None
+        self.wrappers = [BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", **options) for _ in range(2)]
+        self.events = [torch.cuda.Event() for _ in range(2)] if workspace.is_cuda else None
 
     def plan(self, *args, **kwargs) -> None:
-        if self.event is not None:
-            self.event.synchronize()  # recorded two plans ago: passed long since
-        self.wrapped.plan(*args, **kwargs)
-        if self.event is not None:
-            self.event.record()
+        self.wrappers.reverse()
+        if self.events:
+            self.events.reverse()
+            self.events[0].synchronize()  # recorded two plans ago: passed long since
+        self.wrappers[0].plan(*args, **kwargs)
+        if self.events:
+            self.events[0].record()
+
+    def run(self, *args, **kwargs):
+        return self.wrappers[0].run(*args, return_lse=True, **kwargs)
 
 
 class FlashInferAttention:
     """Planned once a batch, run once a layer. Building the kernels takes a minute, once on a machine.
 
-    packed_mask: FlashInfer's stored mask of rows x keys bits instead of the variant, where nothing can be built.
+    packed_mask: FlashInfer's stored mask of bits instead of the variant, where nothing can be built.
     Raises what FlashInfer raises when it cannot be imported or built, ValueError for shapes it does not serve.
     """
 
@@ -71,28 +79,27 @@ class FlashInferAttention:
         if not packed_mask:
             args, kwargs = jit_args(dtype, dim, soft_cap)
             options = {"jit_args": args, "jit_kwargs": kwargs, "variant_owns_mask": True}
-        self.idle, self.planned = (_Wrapper(workspace, **options) for _ in range(2))
+        self.shared, self.span = _Turns(workspace), _Turns(workspace, backend="fa2", **options)
 
     def plan(self, rows: PagedRows) -> None:
         """Cut the rows into blocks and let FlashInfer lay out its work; it stands until the next plan."""
-        blocks = rows.in_blocks(_BLOCK)
-        self.idle, self.planned = self.planned, self.idle
-        host = np.concatenate(
-            (blocks.qo_indptr, blocks.kv_indptr, np.ones_like(blocks.qo_indptr[1:]), blocks.positions)
-        )
-        host = torch.from_numpy(host.astype(np.int32))
+        cut = rows.cut(_BLOCK)
+        span, count = cut.span, len(cut.span.qo_indptr)
+        host = (span.qo_indptr, cut.shared_indptr, span.kv_indptr, np.ones(count - 1, np.int64), span.positions)
+        host = torch.from_numpy(np.concatenate(host).astype(np.int32))
         host = host.pin_memory() if rows.kv_indices.is_cuda else host
-        count = len(blocks.qo_indptr)
-        qo_indptr, kv_indptr, last_page, positions = host.split([count, count, count - 1, len(blocks.positions)])
+        qo, shared, inner, last_page, positions = host.split([count, count, count, count - 1, len(span.positions)])
         self.positions = positions.to(rows.kv_indices.device, non_blocking=True)
-        options = {}
-        if self.packed_mask:
-            mask = _mask(blocks, self.positions)
-            options = {"custom_mask": mask, "sm_scale": 1.0, "logits_soft_cap": self.soft_cap or None}
-        self.planned.plan(
-            qo_indptr, kv_indptr, blocks.kv_indices, last_page, self.heads, self.groups, self.dim, 1,
-            q_data_type=self.dtype, **options,
-        )  # fmt: skip
+        shape = self.heads, self.groups, self.dim, 1
+        # The scale comes with each layer; `plan` takes it too, but only once.
+        plain = {"q_data_type": self.dtype, "sm_scale": 1.0, "logits_soft_cap": self.soft_cap or None}
+        self.sharing = len(cut.shared_indices) > 0
+        if self.sharing:
+            self.shared.plan(qo, shared, cut.shared_indices, last_page, *shape, causal=False, **plain)
+        masked = (
+            plain | {"custom_mask": _mask(span, self.positions)} if self.packed_mask else {"q_data_type": self.dtype}
+        )
+        self.span.plan(qo, inner, span.kv_indices, last_page, *shape, **masked)
 
     def run(self, q, k_buffer, v_buffer, scale: float, *, out: torch.Tensor | None = None):
         """(out [n, H, D] in q's dtype, natural log-sum-exp float32 [n, H]); q [n, H, D], buffers [slots, G, D]."""
@@ -102,11 +109,15 @@ class FlashInferAttention:
                 f"[{len(self.positions)}, {self.heads}, {self.dim}] in {self.dtype}"
             )
         pages = k_buffer.unsqueeze(1), v_buffer.unsqueeze(1)  # a slot is a page of one
-        wrapper = self.planned.wrapped
         if self.packed_mask:
-            return wrapper.run(q, pages, q_scale=float(scale), out=out, return_lse=True, lse_base="ln")
-        extra = self.positions, float(scale), float(self.soft_cap)
-        return wrapper.run(q, pages, *extra, out=out, return_lse=True, lse_base="ln")
+            out, sums = self.span.run(q, pages, q_scale=float(scale), out=out)
+        else:
+            out, sums = self.span.run(q, pages, self.positions, float(scale), float(self.soft_cap), out=out)
+        if self.sharing:
+            from flashinfer import merge_state_in_place
+
+            merge_state_in_place(out, sums, *self.shared.run(q, pages, q_scale=float(scale)))
+        return out, sums * _LN2  # FlashInfer's are to base 2
 
 
 def _mask(rows: PagedRows, positions: torch.Tensor) -> torch.Tensor:

@@ -48,23 +48,39 @@ class PagedRows(NamedTuple):
         first, last = self.positions[self.qo_indptr[:-1]], self.positions[self.qo_indptr[1:] - 1]
         return bool((last - first + 1 == np.diff(self.qo_indptr)).all())
 
-    def in_blocks(self, rows: int) -> "PagedRows":
-        """The same rows as sequences of at most `rows` rows, each with the keys that its last row sees.
-
-        A kernel that visits all keys of a sequence then wastes no more than a block's span on keys that none may see.
-        """
+    def cut(self, rows: int) -> "Cut":
+        """The rows in blocks of at most `rows`, and each block's keys in two parts: those that all of its rows see, and
+        those from its first row's position to its last row's, which need a mask."""
         starts = [np.arange(a, b, rows) for a, b in zip(self.qo_indptr[:-1], self.qo_indptr[1:], strict=True)]
         owner = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
         qo = np.append(np.concatenate(starts), len(self.positions))
-        seen = self.positions[qo[1:] - 1] + 1
-        kv = np.concatenate(([0], np.cumsum(seen)))
-        if np.array_equal(kv, self.kv_indptr):
-            return self
-        into = on_device(self.kv_indptr[owner] - kv[:-1], self.kv_indices)
-        lengths = on_device(seen, self.kv_indices)
-        where = torch.arange(int(kv[-1]), device=self.kv_indices.device)
-        where += torch.repeat_interleave(into, lengths, output_size=int(kv[-1]))
-        return PagedRows(self.positions, qo, kv, self.kv_indices[where])
+        first, last = self.positions[qo[:-1]], self.positions[qo[1:] - 1]
+        begin = self.kv_indptr[owner]
+        shared, indices = _taken(self.kv_indices, begin, first)
+        inner = np.repeat(first, np.diff(qo))
+        return Cut(
+            shared,
+            indices,
+            PagedRows(self.positions - inner, qo, *_taken(self.kv_indices, begin + first, last - first + 1)),
+        )
+
+
+class Cut(NamedTuple):
+    """Blocks of rows, `span.qo_indptr`, and their keys in two parts."""
+
+    shared_indptr: np.ndarray  # int64 [blocks + 1]
+    shared_indices: torch.Tensor  # int32, slots of the keys that all rows of a block see; none for some blocks
+    span: PagedRows  # the rest, positions counted from where it starts
+
+
+def _taken(indices: torch.Tensor, begin: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+    """indptr int64 [b + 1] and indices[begin[i] : begin[i] + lengths[i]] one after another; does not wait."""
+    indptr = np.concatenate(([0], np.cumsum(lengths)))
+    total = int(indptr[-1])
+    into = torch.repeat_interleave(
+        on_device(begin - indptr[:-1], indices), on_device(lengths, indices), output_size=total
+    )
+    return indptr, indices[into + torch.arange(total, device=indices.device)]
 
 
 def slots_of(table: torch.Tensor, owners: torch.Tensor, seen: np.ndarray) -> torch.Tensor:
@@ -73,7 +89,6 @@ def slots_of(table: torch.Tensor, owners: torch.Tensor, seen: np.ndarray) -> tor
     table int32 [requests, longest]; owners int64 [b] on its device; seen int64 [b].
     """
     total = int(seen.sum())
-    ends = np.cumsum(seen)
-    lengths, starts = on_device(seen, table), on_device(ends - seen, table)
+    lengths, starts = on_device(seen, table), on_device(np.cumsum(seen) - seen, table)
     owner = torch.repeat_interleave(torch.arange(len(seen), device=table.device), lengths, output_size=total)
     return table[owners[owner], torch.arange(total, device=table.device) - starts[owner]].int()

@@ -43,6 +43,28 @@ def _capped(scores, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def _step(
+    query, position, start, high, kv_indices, keys, values, k_slot, v_slot, scale, cap, top, total, mixed,
+    DIM: tl.constexpr, CAPPED: tl.constexpr, IEEE: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """N keys more: the highest score so far, the sum of exponentials below it, the weighted values."""
+    key, dim = start + tl.arange(0, N), tl.arange(0, DIM)
+    inside = key < high
+    slot = tl.load(kv_indices + key, mask=inside, other=0).to(tl.int64)
+    k = tl.load(keys + slot[None, :] * k_slot + dim[:, None], mask=inside[None, :], other=0.0)
+    scores = _capped(_product(query, k, IEEE) * scale, cap, CAPPED)
+    if MASKED:
+        scores = tl.where((key[None, :] <= position[:, None]) & inside[None, :], scores, float("-inf"))
+    highest = tl.maximum(top, tl.max(scores, axis=1))
+    shown = tl.where(highest == float("-inf"), 0.0, highest)  # a row that has seen nothing yet
+    weights = tl.exp2((scores - shown[:, None]) * _LOG2E)
+    before = tl.exp2((top - shown) * _LOG2E)
+    v = tl.load(values + slot[:, None] * v_slot + dim[None, :], mask=inside[:, None], other=0.0)
+    mixed = mixed * before[:, None] + _product(weights.to(v.dtype), v, IEEE)
+    return highest, total * before + tl.sum(weights, axis=1), mixed
+
+
+@triton.jit
 def _attend(
     q, keys, values, out, sums, positions, block_row, block_rows, block_key, kv_indices,
     rows, scale, cap, chunk,
@@ -65,24 +87,23 @@ def _attend(
 
     low = part * chunk
     high = tl.minimum(tl.max(position, axis=0) + 1, low + chunk)
+    # All rows of the block see the keys up to its first row's position: no mask there, up to a whole block of keys.
+    shared = tl.min(tl.where(real, position, high), axis=0) + 1
+    free = low + tl.maximum(tl.minimum(shared, high) - low, 0) // N * N
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     mixed = tl.zeros((M, DIM), tl.float32)
-    for start in range(low, high, N):
-        key = start + tl.arange(0, N)
-        inside = key < high
-        slot = tl.load(kv_indices + base + key, mask=inside, other=0).to(tl.int64)
-        k = tl.load(keys + slot[None, :] * k_slot + group * k_head + dim[:, None], mask=inside[None, :], other=0.0)
-        scores = _capped(_product(query, k, IEEE) * scale, cap, CAPPED)
-        scores = tl.where((key[None, :] <= position[:, None]) & inside[None, :], scores, float("-inf"))
-        highest = tl.maximum(top, tl.max(scores, axis=1))
-        shown = tl.where(highest == float("-inf"), 0.0, highest)  # a row that has seen nothing yet
-        weights = tl.exp2((scores - shown[:, None]) * _LOG2E)
-        before = tl.exp2((top - shown) * _LOG2E)
-        total = total * before + tl.sum(weights, axis=1)
-        v = tl.load(values + slot[:, None] * v_slot + group * v_head + dim[None, :], mask=inside[:, None], other=0.0)
-        mixed = mixed * before[:, None] + _product(weights.to(v.dtype), v, IEEE)
-        top = highest
+    keys, values, kv_indices = keys + group * k_head, values + group * v_head, kv_indices + base
+    for start in range(low, free, N):
+        top, total, mixed = _step(
+            query, position, start, high, kv_indices, keys, values, k_slot, v_slot, scale, cap, top, total, mixed,
+            DIM, CAPPED, IEEE, N, False,
+        )  # fmt: skip
+    for start in range(free, high, N):
+        top, total, mixed = _step(
+            query, position, start, high, kv_indices, keys, values, k_slot, v_slot, scale, cap, top, total, mixed,
+            DIM, CAPPED, IEEE, N, True,
+        )  # fmt: skip
     seen = tl.where(total > 0, total, 1.0)
     at = (part * rows + row64) * HEADS + head
     tl.store(

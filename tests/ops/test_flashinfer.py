@@ -23,36 +23,49 @@ KERNELS = Path(flashinfer_ragged.__file__).parent
 class StandIn:
     """FlashInfer's prefill wrapper as documented for 0.7.2, computed by the reference from what it is given."""
 
-    def __init__(self, workspace, layout, *, backend, jit_args=None, jit_kwargs=None, variant_owns_mask=False):
-        assert (layout, backend, variant_owns_mask) == ("NHD", "fa2", jit_args is not None)
+    def __init__(self, workspace, layout, *, backend="auto", jit_args=None, jit_kwargs=None, variant_owns_mask=False):
+        assert layout == "NHD" and variant_owns_mask == (jit_args is not None) and (backend == "fa2" or not jit_args)
         assert jit_args is None or len(jit_args) == 13 and "PositionMask" in jit_args[12]
+        self.variant = variant_owns_mask
 
     def plan(
         self, qo_indptr, kv_indptr, kv_indices, last_page, heads, groups, dim, page, *,
-        custom_mask=None, sm_scale=None, logits_soft_cap=None, q_data_type,
+        causal=False, custom_mask=None, sm_scale=None, logits_soft_cap=None, q_data_type,
     ):  # fmt: skip
-        assert page == 1 and len(last_page) == len(qo_indptr) - 1 and (last_page == 1).all()
+        assert page == 1 and len(last_page) == len(qo_indptr) - 1 and (last_page == 1).all() and not causal
         self.qo, self.kv, self.indices, self.mask = qo_indptr.numpy(), kv_indptr.numpy(), kv_indices, custom_mask
         self.scale, self.cap = sm_scale, logits_soft_cap or 0.0
 
-    def run(self, q, pages, *extra, q_scale=None, out=None, return_lse, lse_base):
-        assert return_lse and lse_base == "ln" and all(p.shape[1] == 1 for p in pages)
-        if self.mask is None:
-            positions, scale, cap = extra
-            positions = positions.numpy()
-        else:  # a row sees the keys of its line of the mask
-            counts = np.diff(self.qo), np.diff(self.kv)
-            lines = self.mask.split((counts[0] * counts[1]).tolist())
-            seen = [x.view(n, m).sum(dim=1) - 1 for x, n, m in zip(lines, *counts, strict=True)]
-            positions, scale, cap = torch.cat(seen).numpy(), self.scale * q_scale, self.cap
-        rows = PagedRows.checked(positions, self.qo, self.kv, self.indices)
-        found, sums = reference.paged_attention(q, *(p[:, 0] for p in pages), rows, scale, cap)
-        return (found if out is None else out.copy_(found)), sums
+    def run(self, q, pages, *extra, q_scale=None, out=None, return_lse):
+        assert return_lse and all(p.shape[1] == 1 for p in pages)
+        rows, keys = np.diff(self.qo), np.diff(self.kv)
+        last = np.repeat(keys, rows) - 1  # without a mask a row sees all keys of its sequence
+        scale, cap = None if self.variant else self.scale * q_scale, self.cap
+        if self.variant:
+            last, scale, cap = extra[0].numpy(), *extra[1:]
+        elif self.mask is not None:  # a row sees the keys of its line of the mask
+            lines = self.mask.split((rows * keys).tolist())
+            last = torch.cat([x.view(n, m).sum(dim=1) - 1 for x, n, m in zip(lines, rows, keys, strict=True)]).numpy()
+        k, v = (p[:, 0] for p in pages)
+        found, sums = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf)
+        for i in np.flatnonzero(keys):
+            mine, slots = slice(*self.qo[i : i + 2]), self.indices[slice(*self.kv[i : i + 2])]
+            one = PagedRows(last[mine], np.array([0, rows[i]]), np.array([0, keys[i]]), slots)
+            found[mine], sums[mine] = reference.paged_attention(q[mine], k, v, one, scale, cap)
+        return (found if out is None else out.copy_(found)), sums / np.log(2)
+
+
+def merge_state_in_place(v, s, v_other, s_other):
+    """As documented: sums to base 2, one of the two may be of no keys at all."""
+    whole = torch.logaddexp2(s, s_other)
+    v.copy_(v.float() * (s - whole).exp2()[..., None] + v_other.float() * (s_other - whole).exp2()[..., None])
+    s.copy_(whole)
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=StandIn))
+    there = {"BatchPrefillWithPagedKVCacheWrapper": StandIn, "merge_state_in_place": merge_state_in_place}
+    monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(**there))
 
 
 @pytest.mark.parametrize("packed_mask", [False, True])
@@ -66,8 +79,8 @@ def test_what_flashinfer_is_given_says_what_is_meant(packed_mask, soft_cap, stan
         out = torch.empty_like(q)
         found, sums = attention.run(q, k, v, 0.5, out=out)
         wanted, wanted_sums = reference.paged_attention(q, k, v, rows, 0.5, soft_cap)
-        assert found is out and torch.allclose(out.float(), wanted.float(), atol=1e-2)
-        assert torch.allclose(sums, wanted_sums, atol=1e-4)
+        assert found is out and torch.allclose(out.float(), wanted.float(), atol=2e-2)
+        assert torch.allclose(sums, wanted_sums, atol=1e-3)
 
 
 def test_shapes_it_does_not_serve_are_refused(stand_in):

@@ -49,14 +49,21 @@ def inputs(rows, heads, dim, dtype, device):
 # ---- the record ----
 
 
-def test_blocks_hold_the_same_rows_and_no_key_beyond_their_last(device):
+def test_blocks_of_rows_see_the_same_keys_in_two_parts(device):
     rows = mixed(device)
-    blocks = rows.in_blocks(8)
-    assert (np.diff(blocks.qo_indptr) <= 8).all() and np.array_equal(blocks.positions, rows.positions)
-    assert np.array_equal(np.diff(blocks.kv_indptr), blocks.positions[blocks.qo_indptr[1:] - 1] + 1)
-    q, k, v = inputs(rows, (4, 2), 32, torch.float32, device)
-    for mine, wanted in zip(*(reference.paged_attention(q, k, v, r, 0.2) for r in (blocks, rows)), strict=True):
-        assert torch.allclose(mine, wanted, rtol=1e-5, atol=1e-6)
+    cut = rows.cut(8)
+    counts, shared = np.diff(cut.span.qo_indptr), np.diff(cut.shared_indptr)
+    assert counts.max() == 8 and counts.sum() == len(rows.positions) and (shared == 0).any() and (shared > 100).any()
+    PagedRows.checked(*cut.span)
+    sequence = np.repeat(np.arange(5), np.diff(rows.qo_indptr))
+    for i, first in enumerate(cut.span.qo_indptr[:-1]):
+        begin = rows.kv_indptr[sequence[first]]
+        seen = rows.kv_indices[begin : begin + rows.positions[cut.span.qo_indptr[i + 1] - 1] + 1]
+        inner = cut.span.kv_indices[cut.span.kv_indptr[i] : cut.span.kv_indptr[i + 1]]
+        below = cut.shared_indices[cut.shared_indptr[i] : cut.shared_indptr[i + 1]]
+        assert torch.equal(torch.cat((below, inner)), seen) and len(below) == rows.positions[first]
+    back = np.repeat(shared, counts) + cut.span.positions
+    assert np.array_equal(back, rows.positions)
 
 
 def test_rows_without_gaps_are_known(device):
@@ -206,7 +213,7 @@ def test_the_host_does_not_wait_for_the_device(kernel, device):
     def work():
         attention.plan(rows)
         attention.run(q, k, v, 0.1)
-        rows.in_blocks(8)
+        rows.cut(8)
         slots_of(*requests, np.array([7, 130]))
         copy_rotate([k], [v], [(slots[:100], slots[100:], 3)], table, neox=True)
         token_deviation(k[:50], k[50:100])

@@ -188,15 +188,43 @@ def test_what_no_kernel_serves_is_refused_by_name(layers, given, says):
         attention.create(runner(**given), dict(enumerate(layers)))
 
 
-def test_triton_serves_where_flashinfer_does_not(monkeypatch):
-    from kvshare_kernels import flashinfer_ragged
-    from kvshare_kernels.triton_attention import TritonAttention
+class Right(Kernel):
+    def __init__(self, *shape, **options):
+        self.heads, self.groups, self.dim, self.soft_cap = *shape, options["soft_cap"]
 
-    def absent(*args, **kwargs):
-        raise ImportError("no FlashInfer here")
+    def run(self, q, keys, values, scale):
+        return reference.paged_attention(q, keys, values, self.rows, scale, self.soft_cap)
 
-    monkeypatch.setattr(flashinfer_ragged, "FlashInferAttention", absent)
-    assert isinstance(attention.create(runner(), {0: module(), 1: module()}).kernel, TritonAttention)
+
+class Misaligned(Right):
+    """Counts rows back from the last key, as a plain causal kernel would."""
+
+    def plan(self, rows):
+        last, counts = rows.positions[rows.qo_indptr[1:] - 1], np.diff(rows.qo_indptr)
+        positions = [np.arange(m + 1 - n, m + 1) for m, n in zip(last, counts, strict=True)]
+        self.rows = rows._replace(positions=np.concatenate(positions))
+
+
+class Absent:
+    def __init__(self, *shape, **options):
+        raise ImportError("not here")
+
+
+@pytest.mark.parametrize(
+    ("flashinfer", "triton", "chosen"),
+    [(Right, Absent, Right), (Misaligned, Right, Right), (Absent, Right, Right), (Absent, Misaligned, None)],
+)
+@pytest.mark.parametrize("soft_cap", [0.0, 30.0])
+def test_the_first_kernel_that_computes_rightly_serves(flashinfer, triton, chosen, soft_cap, monkeypatch, caplog):
+    monkeypatch.setattr(attention, "FlashInferAttention", flashinfer)
+    monkeypatch.setattr(attention, "_triton", triton)
+    layers = {0: module(logit_cap=soft_cap), 1: module(logit_cap=soft_cap)}
+    if chosen is None:
+        with pytest.raises(UnsupportedError, match="not here.*Triton: off by"):
+            attention.create(runner(), layers)
+    else:
+        kernel = attention.create(runner(), layers).kernel
+        assert type(kernel) is chosen and kernel.soft_cap == soft_cap
 
 
 def test_backends_and_models_that_would_go_wrong_on_a_gpu_are_refused():

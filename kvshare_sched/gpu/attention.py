@@ -19,12 +19,10 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 
-from kvshare_kernels import PagedRows, on_device, reference, slots_of
-from kvshare_kernels.flashinfer_ragged import FlashInferAttention
+from kvshare_kernels import PagedRows, on_device, scattered, slots_of
 from kvshare_sched.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
-_ACCEPTED = 0.05  # in the self-test; a row that sees one key too many is off by more than 0.1
 _MARK = "kvshare_rows"  # on a batch: number of the plan it was given
 
 
@@ -84,7 +82,7 @@ class RowAttention(AttentionBackend):
 def create(model_runner, attention: Mapping[int, torch.nn.Module]) -> RowAttention:
     """The backend of a loaded model; attention: its attention modules by layer.
 
-    FlashInfer's kernels where they can be built, else Triton's. Raises UnsupportedError where neither serves.
+    The first kernel that this machine has and that passes its self-test. Raises UnsupportedError where none does.
     """
     shapes = {
         (m.tp_q_head_num, m.tp_k_head_num, m.qk_head_dim, m.v_head_dim, m.logit_cap, m.attn_type, m.sliding_window_size)
@@ -106,48 +104,12 @@ def create(model_runner, attention: Mapping[int, torch.nn.Module]) -> RowAttenti
 
 
 def _kernel(heads: int, groups: int, dim: int, soft_cap: float, buffer: torch.Tensor):
-    """The first kernel that can be had and computes what the reference does, in order of speed."""
-    shape, options = (heads, groups, dim), {"soft_cap": soft_cap, "dtype": buffer.dtype}
-    there = {"device": buffer.device}
-    candidates = {
-        "FlashInfer": lambda: FlashInferAttention(*shape, **options, **there),
-        "FlashInfer with a stored mask": lambda: FlashInferAttention(*shape, **options, **there, packed_mask=True),
-        "Triton": lambda: _triton(*shape, **options),
-    }
     reasons = []
-    for name, create in candidates.items():
-        try:
-            kernel = create()
-            error = _error(kernel, buffer)
-        except Exception as why:  # not installed, no compiler, a shape it does not serve
-            reasons.append(f"{name}: {type(why).__name__}: {why}"[:300])
-            continue
-        if error < _ACCEPTED:
+    for name, kernel in scattered.kernels(
+        heads, groups, dim, dtype=buffer.dtype, device=buffer.device, soft_cap=soft_cap
+    ):
+        if not isinstance(kernel, str):
             logger.info("kvshare: scattered rows run in %s%s", name, "".join(f"; not in {r}" for r in reasons))
             return kernel
-        reasons.append(f"{name}: off by {error:.2g} in its self-test")
+        reasons.append(f"{name} ({kernel})")
     raise UnsupportedError("no kernel for scattered rows: " + "; ".join(reasons))
-
-
-def _triton(heads, groups, dim, **options):
-    from kvshare_kernels.triton_attention import TritonAttention  # imports Triton, which a CPU need not have
-
-    return TritonAttention(heads, groups, dim, **options)
-
-
-def _error(kernel, like: torch.Tensor) -> float:
-    """Largest difference from the reference on a few scattered rows, of values around 1; builds what is to be built."""
-    keys = 400
-    generator = torch.Generator().manual_seed(0)
-    count = np.array([3, 150, 151, 260, 399, 7, 8])
-    rows = PagedRows.checked(count, [0, 5, 7], [0, keys, keys + 9], torch.arange(keys + 9).int().to(like.device))
-
-    def random(*size):
-        return torch.randn(size, generator=generator).to(like.device, like.dtype)
-
-    q = random(len(count), kernel.heads, kernel.dim)
-    k, v = (random(keys + 9, kernel.groups, kernel.dim) for _ in range(2))
-    kernel.plan(rows)
-    found, _ = kernel.run(q, k, v, kernel.dim**-0.5)
-    wanted, _ = reference.paged_attention(q, k, v, rows, kernel.dim**-0.5, kernel.soft_cap)
-    return float((found.float() - wanted.float()).abs().nan_to_num(torch.inf).max())

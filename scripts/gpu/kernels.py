@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import triton
 
-from kvshare_kernels import PagedRows, attention_column_mass, copy_rotate, token_deviation, top_k
+from kvshare_kernels import PagedRows, attention_column_mass, copy_rotate, scattered, token_deviation, top_k
 from kvshare_kernels.triton_attention import Blocks, TritonAttention
 
 from .results import Results, seconds
@@ -46,18 +46,14 @@ def chosen_rows(tokens: int, share: float, seed: int = 0) -> np.ndarray:
 
 
 def attentions(shape: Shape, device: str) -> dict:
-    """Name -> kernel, those that this machine can run; and why not, for the others."""
-    found = {"triton": TritonAttention(shape.heads, shape.groups, shape.dim)}
-    try:
-        from kvshare_kernels.flashinfer_ragged import FlashInferAttention
-
-        options = {"dtype": torch.bfloat16, "device": device}
-        found["flashinfer"] = FlashInferAttention(shape.heads, shape.groups, shape.dim, **options)
-        found["flashinfer, packed mask"] = FlashInferAttention(
-            shape.heads, shape.groups, shape.dim, packed_mask=True, **options
-        )
-    except Exception as why:  # not installed, no compiler
-        print(f"FlashInfer left out: {type(why).__name__}: {why}"[:300], flush=True)
+    """Name -> kernel, those that this machine has; says why not of the others."""
+    found = {}
+    size = shape.heads, shape.groups, shape.dim
+    for name, kernel in scattered.kernels(*size, dtype=torch.bfloat16, device=device):
+        if isinstance(kernel, str):
+            print(f"no {name}: {kernel}", flush=True)
+        else:
+            found[name] = kernel
     return found
 
 

@@ -1,5 +1,6 @@
 // Uses every member of the variant as FlashInfer's kernels do, so that it compiles as a whole.
 #ifdef WITH_FLASHINFER
+#include <flashinfer/math.cuh>
 #include <flashinfer/attention/variant_helper.cuh>
 #else
 #include "flashinfer_stub/variant_helper.cuh"

@@ -112,6 +112,36 @@ def test_variant_compiles(target, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_variant_hides_what_stands_behind_a_row_and_scales_as_the_reference(tmp_path):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    program = tmp_path / "on_host"
+    command = [
+        compiler,
+        "-std=c++17",
+        "-I",
+        str(KERNELS),
+        "-I",
+        str(CUDA),
+        str(CUDA / "on_host.cpp"),
+        "-o",
+        str(program),
+    ]
+    subprocess.run(command, check=True)
+    lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
+    positions, seen_by_capped = {0: [1, 4, 5], 1: [0, 2]}, len(lines) // 2
+    assert len(lines) == 2 * (5 * 7 + 4 * 3)
+    for number, line in enumerate(lines):
+        *place, score = line.split()
+        sequence, row, key, seen = map(int, place)
+        mine = positions[sequence]
+        assert seen == (row < len(mine) and key <= mine[row]), line
+        scaled = 0.5 * 0.25 * (key - 3)
+        wanted = 2.0 * np.tanh(scaled / 2.0) if number >= seen_by_capped else scaled
+        assert float(score) == pytest.approx(wanted / np.log(2), abs=1e-5)  # FlashInfer's softmax is to base 2
+
+
 # ---- on a GPU ----
 
 

@@ -42,12 +42,6 @@ class PagedRows(NamedTuple):
             raise ValueError(f"last positions {positions[qo[1:] - 1].tolist()} lie beyond the keys given")
         return cls(positions, qo, kv, kv_indices)
 
-    @property
-    def contiguous(self) -> bool:
-        """No sequence has a gap: a causal mask aligned to the last row says the same."""
-        first, last = self.positions[self.qo_indptr[:-1]], self.positions[self.qo_indptr[1:] - 1]
-        return bool((last - first + 1 == np.diff(self.qo_indptr)).all())
-
     def cut(self, rows: int) -> "Cut":
         """The rows in blocks of at most `rows`, and each block's keys in two parts: those that all of its rows see, and
         those from its first row's position to its last row's, which need a mask."""

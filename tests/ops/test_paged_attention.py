@@ -66,11 +66,6 @@ def test_blocks_of_rows_see_the_same_keys_in_two_parts(device):
     assert np.array_equal(back, rows.positions)
 
 
-def test_rows_without_gaps_are_known(device):
-    assert paged([65, 40], [np.arange(65), np.arange(30, 40)], device).contiguous
-    assert not mixed(device).contiguous
-
-
 def test_reference_is_the_dense_one_for_each_sequence(device):
     rows = mixed(device)
     q, k, v = inputs(rows, (9, 3), 32, torch.float32, device)

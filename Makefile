@@ -1,4 +1,4 @@
-.PHONY: setup demo eval bench test check serve
+.PHONY: setup demo eval bench test check gpu-check serve
 
 setup:            ## .venv with stock SGLang and the embedded model; returns at once when it is there
 	@bash scripts/setup.sh
@@ -17,6 +17,9 @@ test: setup       ## everything: unit, property, ops, contract, then end-to-end 
 
 check: setup      ## style, import layers, SGLang's seams
 	@bash scripts/check.sh
+
+gpu-check: setup  ## everything that needs an NVIDIA GPU; benchmarks/gpu. ARGS="--stages ops,kernels", see --help
+	@.venv/bin/python scripts/gpu_check.py $(ARGS)
 
 serve: setup      ## a server on port 30000; ARGS="..." are SGLang's own
 	@.venv/bin/kvshare serve $(ARGS)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvshare_kernels import Donors, blend, copy_rotate, fit, key_spread, rotation_rows
+from kvshare_kernels import Donors, blend, copy_rotate, fit, in_use, key_spread, on_device, rotation_rows
 from kvshare_sched.evidence import Chunk, Witness, by_head
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.session import Session
@@ -72,12 +72,13 @@ class Assembly:
                 found[low : low + segment.length] = self._lone_spread(session, segment)
                 if not segment.others:
                     target = batch.out_cache_loc[chunk.row + low : chunk.row + low + segment.length].long()
+                    in_use(lease.slots)
                     runs.append((lease.slots[segment.donor_start : segment.donor_end], target, segment.shift))
             if shared := [segment for segment, _ in parts if segment.others]:
                 blends.append(job := self._blend(batch, chunk, shared))
                 several = ((job.donors.weights > 0).sum(dim=0) > 1) & ~job.lone
-                at = torch.from_numpy(job.rows - chunk.row).to(found.device)
-                found[at[several]] = job.spread[several]
+                at = on_device(job.rows - chunk.row, found)
+                found[at] = torch.where(several, job.spread, found[at])
         for first, runs in by_first_layer.items():
             copy_rotate(self.keys[first:], self.values[first:], runs, self.cos_sin, neox=self.neox)
         return spread, blends
@@ -94,7 +95,9 @@ class Assembly:
             slots[:, at : at + segment.length] = lease.slots[segment.donor_start : segment.donor_end]
             for i, place in enumerate(segment.places):
                 here = slice(at + place.start - segment.start, at + place.end - segment.start)
-                slots[i, here] = chunk.session.leases[place.donor_id].slots[place.donor_start : place.donor_end]
+                lent = chunk.session.leases[place.donor_id].slots
+                in_use(lent)
+                slots[i, here] = lent[place.donor_start : place.donor_end]
                 weights[i, here], shifts[i, here] = 1 / (_OWN_NOISE + place.foreign), place.shift
             rows.append(np.arange(segment.start, segment.end) - chunk.start + chunk.row)
             part.append(np.full(segment.length, number))
@@ -103,15 +106,15 @@ class Assembly:
         rows = np.concatenate(rows)
         donors = Donors(
             slots,
-            torch.from_numpy(weights / weights.sum(axis=0)).to(device),
-            *rotation_rows(self.cos_sin, torch.from_numpy(shifts).to(device)),
-            torch.from_numpy(np.concatenate(part)).to(device),
+            on_device(weights / weights.sum(axis=0), slots),
+            *rotation_rows(self.cos_sin, on_device(shifts, slots)),
+            on_device(np.concatenate(part), slots),
             len(segments),
         )
-        target = batch.out_cache_loc[torch.from_numpy(rows).to(device)].long()
+        target = batch.out_cache_loc[on_device(rows, slots)].long()
         compared = [self.keys[layer] for layer in chunk.session.strategy.compared(len(self.keys))]
         spread = key_spread(compared, donors, neox=self.neox)
-        return Blend(chunk, rows, target, donors, spread, torch.from_numpy(np.concatenate(lone)).to(device))
+        return Blend(chunk, rows, target, donors, spread, on_device(np.concatenate(lone), slots))
 
     def blend_unfitted(self, blends: list[Blend]) -> None:
         """Write the blends with their given weights, on all layers: what a first pass looks at."""
@@ -129,14 +132,13 @@ class Assembly:
         if rows is None or not blends:
             yield
             return
-        device = blends[0].target.device
         work = []
         for job in blends:
             anew = keep[job.rows]
             if anew.all():
                 continue
             local, old, new = (
-                torch.from_numpy(x).to(device)
+                on_device(x, job.target)
                 for x in (np.searchsorted(rows, job.rows[anew]), np.flatnonzero(~anew), np.flatnonzero(anew))
             )
             work.append((job, local, job.donors.take(new), job.donors.take(old), job.target[old]))

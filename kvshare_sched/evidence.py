@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvshare_kernels import attention_column_mass, token_deviation
+from kvshare_kernels import attention_column_mass, on_device, token_deviation
 from kvshare_sched.session import Session
 from kvshare_sched.strategies.base import Check, Evidence
 
@@ -126,7 +126,7 @@ class Witness:
         for chunk in chunks:
             running = chunk.candidates[keep[chunk.candidates]]
             local = running if rows is None else np.searchsorted(rows, running)
-            index = torch.from_numpy(local).to(q.device)
+            index = on_device(local, q)
             slots = view.out_cache_loc[index].long()
             cached_v = values[slots].to(v.dtype)
             _, k_squared = token_deviation(k[index], keys[slots].to(k.dtype))
@@ -141,7 +141,7 @@ class Witness:
             where = running - chunk.row + chunk.start
             if chunk.session.repair is not None:
                 chunk.session.repair.deviation[where] = v_absolute.cpu().numpy()
-            positions = torch.from_numpy(where)
+            positions = on_device(where, q)
             deviation = (x.masked_fill(noise, 0) for x in (k_squared, v_squared, v_absolute))
             yield Evidence(positions, *deviation, alpha=alpha)
 
@@ -156,7 +156,7 @@ class Witness:
             last = torch.full((1,), len(index) - 1, dtype=torch.int64, device=q.device)
             return attention_column_mass(query, k[index], last, module.scaling) * share
         sequence = int(np.searchsorted(np.cumsum(view.extend_seq_lens_cpu), local[0], side="right"))
-        before = self.req_to_token[view.req_pool_indices[sequence], : chunk.start].long()
+        before = self._slots(view, sequence, chunk.start)
         prefix = self.pool.get_key_buffer(layer)[before].to(k.dtype)
         mine = slice(*local)
         mass = attention_column_mass(q[mine], torch.cat((prefix, k[mine])), view.positions[mine].long(), module.scaling)
@@ -173,10 +173,7 @@ class Witness:
         mass = [torch.zeros(c.end, dtype=torch.float32, device=view.positions.device) for c in chunks]
         edges = np.cumsum([0, *(len(c.asking) for c in chunks)]).tolist()
         sequences = np.searchsorted(np.cumsum(view.extend_seq_lens_cpu), edges[:-1], side="right")
-        slots = [
-            self.req_to_token[view.req_pool_indices[int(s)], : c.end].long()
-            for s, c in zip(sequences, chunks, strict=True)
-        ]
+        slots = [self._slots(view, int(s), c.end) for s, c in zip(sequences, chunks, strict=True)]
 
         def look(module, args, _):
             # The layer has run: the pool holds the keys of the fresh rows, too.
@@ -219,6 +216,11 @@ class Witness:
             yield found
         finally:
             hook.remove()
+
+    def _slots(self, view, sequence: int, end: int) -> torch.Tensor:
+        """Slots of the positions [0, end) of one sequence's request, int64; does not wait for the device."""
+        request = view.req_pool_indices[sequence : sequence + 1].long()
+        return self.req_to_token[:, :end].index_select(0, request)[0].long()
 
     def over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         """Scores are summed over the tensor-parallel ranks before anybody chooses, so all choose alike."""

@@ -6,11 +6,13 @@ keep are picked out of the residual stream with the hand-off SGLang uses between
 
 Selected rows are submitted as ragged sequences, one per run of neighbouring positions, whose prefix is
 everything before the run. That is ordinary causal attention to any SGLang backend, and each row sees exactly
-the keys at positions up to its own. (Our CPU backend recognises the runs of one request and makes one pass.)
+the keys at positions up to its own. (Our CPU backend recognises the runs of one request and makes one pass;
+on a GPU `gpu.attention` does.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
@@ -22,10 +24,11 @@ from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
-from kvshare_kernels import top_k
+from kvshare_kernels import on_device, top_k
 from kvshare_sched.assembly import Assembly
 from kvshare_sched.decode_repair import DecodeRepair
 from kvshare_sched.evidence import Chunk, Witness, by_head
+from kvshare_sched.gpu import attention as row_attention
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.strategies.base import Evidence
 
@@ -50,6 +53,7 @@ class Executor:
         self.even_at = even_at(self.layers[0], self.witness.attention[0])
         self.assembly = Assembly(pipeline, self.witness, len(self.layers), cos_sin, neox)
         self._ordinary = self.model.forward
+        self.row_attention = row_attention.create(model_runner, self.witness.attention) if cos_sin.is_cuda else None
         self.repair = DecodeRepair(pipeline, model_runner, self.witness, self._ordinary)
 
     def install(self) -> None:
@@ -185,14 +189,13 @@ class Executor:
     def _choose_by_consensus(self, chunk: Chunk, keep: np.ndarray, looked, spread: torch.Tensor) -> None:
         """The choice of a strategy that knows its donors' spread and, if there was a first pass, who is looked at."""
         candidates = chunk.candidates
-        at = torch.from_numpy(candidates - chunk.row)
-        alpha = torch.ones(len(at)) if looked is None else looked[at + chunk.start].cpu()
-        spread = self.witness.over_ranks(spread)[at.to(spread.device)].cpu()
+        at = on_device(candidates - chunk.row, spread)
+        alpha = torch.ones_like(spread[at]) if looked is None else looked[at + chunk.start]
         work = 1 + (at + chunk.start) / self.even_at
-        evidence = Evidence(at + chunk.start, alpha=alpha, spread=spread, work=work)
+        evidence = Evidence(at + chunk.start, alpha=alpha, spread=self.witness.over_ranks(spread)[at], work=work)
         score = chunk.session.strategy.score(evidence)
         keep[candidates] = False
-        keep[candidates[top_k(score, chunk.budget(chunk.session.config.ratio)).numpy()]] = True
+        keep[candidates[top_k(score, chunk.budget(chunk.session.config.ratio)).cpu().numpy()]] = True
 
     def _enter(self, input_ids, positions, batch, keep):
         """The batch as layer 0 shall see it, and its rows in the original batch (None for all)."""
@@ -204,13 +207,14 @@ class Executor:
         return self._select(batch, input_ids, positions, rows), rows
 
     def _span(self, view: ForwardBatch, start: int, end: int):
-        return self.model.forward_split_prefill(view.input_ids, view.positions, view, (start, end))
+        with self.row_attention.serving() if self.row_attention else contextlib.nullcontext():
+            return self.model.forward_split_prefill(view.input_ids, view.positions, view, (start, end))
 
     def _narrow(self, view, rows, keep, batch, input_ids, positions, layer):
         """Between two spans: carry hidden state and residual over for the rows still kept."""
         kept = np.flatnonzero(keep)
         carried = residual_batch.to_pp(view.hidden_states, view).tensors
-        index = torch.from_numpy(kept if rows is None else np.searchsorted(rows, kept)).to(input_ids.device)
+        index = on_device(kept if rows is None else np.searchsorted(rows, kept), input_ids)
         carried = {name: tensor[index] for name, tensor in carried.items()}
         narrow = self._select(batch, input_ids, positions, kept)
         narrow.hidden_states = self.layers[layer].attn_boundary.from_pp(PPProxyTensors(carried), narrow)
@@ -225,8 +229,7 @@ class Executor:
         if rows is None:
             return self._span(view, layer, depth)
         read = self._read_rows(batch, rows) if layer < depth else rows
-        index = torch.from_numpy(read).to(input_ids.device)
-        going_on = torch.from_numpy(np.searchsorted(rows, read)).to(input_ids.device)
+        index, going_on = on_device(read, input_ids), on_device(np.searchsorted(rows, read), input_ids)
 
         def leave_out(module, args):
             q, k, v, _, *rest = args
@@ -276,13 +279,11 @@ class Executor:
         first = np.flatnonzero(new_run)
         lengths = np.diff(np.append(first, len(rows)))
         begins = where[first]
-        device = input_ids.device
 
         def tensor(values, like):
-            return torch.as_tensor(values, device=device).to(like.dtype)
+            return on_device(values, input_ids).to(like.dtype)
 
-        index = torch.from_numpy(rows).to(device)
-        owner = torch.from_numpy(request[first]).to(device)
+        index, owner = on_device(rows, input_ids), on_device(request[first], input_ids)
         view = copy.copy(batch)
         view.batch_size = len(first)
         view.input_ids, view.positions = input_ids[index], positions[index]
@@ -300,5 +301,8 @@ class Executor:
         view.extend_logprob_start_lens_cpu = [0] * len(first)
         view.residual_stream = None
         view.hidden_states = None
-        self.model_runner.attn_backend.init_forward_metadata(view)
+        if self.row_attention:
+            self.row_attention.plan(view, request[first])
+        else:
+            self.model_runner.attn_backend.init_forward_metadata(view)
         return view

@@ -145,6 +145,15 @@ SEAMS = (
     Seam(f"{_SRT}.layers.radix_attention.RadixAttention.forward", ("q", "k", "v", "forward_batch")),
     Seam(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", ("layer_id",)),
     Seam(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer", ("layer", "loc_info", "cache_k", "cache_v")),
+    # attention of scattered rows on a GPU
+    Seam(f"{_SRT}.model_executor.forward_context.forward_context", ("ctx",)),
+    Seam(f"{_SRT}.model_executor.forward_context.ForwardContext", ("attn_backend",)),
+    Seam(f"{_SRT}.model_executor.forward_context.get_attn_backend"),
+    Seam(
+        f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend.forward",
+        ("q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
+    ),
+    Seam(f"{_SRT}.models.utils.create_fused_set_kv_buffer_arg"),
     Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.all_reduce"),
     Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.broadcast_object", ("obj", "src")),
     # audits: know when the engine is idle, send one request of our own, keep its output

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import os
+import sys
 
 import torch
 
@@ -46,6 +47,7 @@ _TENANT_SETTINGS = {
     "enable_custom_logit_processor": (False, "the body would carry code that runs in the engine, beside all tenants"),
     "enable_session_radix_cache": (False, "a session can be continued by whoever names it"),
 }
+_GPU_BACKENDS = ("flashinfer", "fa3", "triton")  # of ordinary rows
 _KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "float32")
 
 
@@ -193,8 +195,24 @@ def refuse(server_args, model_runner) -> None:
     pool = model_runner.token_to_kv_pool
     if type(pool).__name__ != "MHATokenToKVPool":
         found.append(f"KV pool {type(pool).__name__} is not supported; accepted: MHATokenToKVPool.")
+    if model_runner.device == "cuda":
+        found += _gpu_refusals(model, pool, model_runner.prefill_attention_backend_str)
     if found:
         raise UnsupportedError("kvshare cannot serve this configuration:\n  - " + "\n  - ".join(found))
+
+
+def _gpu_refusals(model, pool, backend: str | None) -> list[str]:
+    """What is refused on a GPU alone; what cannot be known before kernels are chosen, `gpu.attention` refuses."""
+    found = []
+    if backend not in _GPU_BACKENDS:
+        found.append(f"prefill attention backend {backend!r} is not supported; accepted: {', '.join(_GPU_BACKENDS)}.")
+    fuses = hasattr(sys.modules[type(model).__module__], "create_fused_set_kv_buffer_arg")
+    if fuses and pool.dtype == torch.bfloat16:
+        found.append(
+            f"model class {type(model).__name__} writes bfloat16 K and V before its attention layer is asked, so the "
+            "donors' copies would be gone when they are compared. Use --dtype float16."
+        )
+    return found
 
 
 def rotary_table(model) -> tuple[torch.Tensor, bool]:

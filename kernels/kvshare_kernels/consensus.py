@@ -11,7 +11,7 @@ import torch
 from kvshare_kernels.kv_copy import halves, rotate_run
 
 _RIDGE = 0.1  # pull of the given weights, relative to how far the donors are apart
-_BLOCK = 512  # rows blended together: the intermediates stay in the cache
+_BLOCK = 512  # rows blended together on a CPU: the intermediates stay in the cache; a GPU wants few large launches
 _SILENT = 1e-6  # donors closer to one another than this share of their size tell nothing: the given weights stand
 
 
@@ -40,7 +40,7 @@ def key_spread(k_buffers, donors: Donors, *, neox: bool) -> torch.Tensor:
     turns = _weighted_turns(donors, donors.weights)
     for keys in k_buffers:
         variance, size = torch.zeros_like(spread), torch.zeros_like(spread)
-        for at in _blocks(len(spread)):
+        for at in _blocks(spread):
             mixed, size[at] = _mixed(keys, donors, donors.weights, turns, at, neox)
             variance[at] = (size[at] - _squared(mixed)).clamp_(min=0)
         spread += variance / size.mean().clamp_(min=1e-20)
@@ -68,7 +68,8 @@ def fit(buffer: torch.Tensor, donors: Donors, fresh: torch.Tensor, *, neox: bool
     gram, right = sums.view(donors.parts, count, count + 1).split((count, 1), dim=2)
     rows = sums.new_zeros(donors.parts).index_add_(0, donors.part, torch.ones_like(donors.weights[0]))
     pull = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(dim=1) + _SILENT * size * rows + 1e-20
-    return torch.linalg.solve(gram + torch.diag_embed(pull[:, None].expand(-1, count)), right)[..., 0]
+    # The pull makes it regular, so the check for that, for which a GPU would have to be waited for, is left out.
+    return torch.linalg.solve_ex(gram + torch.diag_embed(pull[:, None].expand(-1, count)), right).result[..., 0]
 
 
 def blend(
@@ -83,13 +84,14 @@ def blend(
         change = correction[donors.part].T * (weights > 0)  # [K, n]
         weights = weights * (1 - change.sum(dim=0)) + change
     turns = None if neox is None else _weighted_turns(donors, weights)
-    for at in _blocks(len(target)):
+    for at in _blocks(target):
         mixed, _ = _mixed(buffer, donors, weights, turns, at, neox, sized=False)
         buffer.index_copy_(0, target[at], mixed.to(buffer.dtype))
 
 
-def _blocks(rows: int) -> list[slice]:
-    return [slice(start, start + _BLOCK) for start in range(0, rows, _BLOCK)]
+def _blocks(rows: torch.Tensor) -> list[slice]:
+    size = 32 * _BLOCK if rows.is_cuda else _BLOCK
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
 def _weighted_turns(donors: Donors, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

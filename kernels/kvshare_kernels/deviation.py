@@ -1,13 +1,19 @@
 """Which reused tokens deviate: per-token KV deviation, attention mass, and the top-k choice.
 
-Plain twins: `reference.token_deviation`, `reference.attention_column_mass`.
+Plain twins: `reference.token_deviation`, `reference.attention_column_mass`. On a GPU the first two are Triton kernels.
 """
 
 import torch
 
+from kvshare_kernels.device import in_triton
+
 
 def token_deviation(fresh: torch.Tensor, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(L1 norm, squared L2 norm) of the difference of two [n, G, D] tensors, float32 [n] each."""
+    if in_triton(fresh):
+        from kvshare_kernels import triton_deviation
+
+        return triton_deviation.token_deviation(fresh, cached)
     difference = (fresh - cached).float().flatten(1)
     return difference.abs().sum(dim=1), difference.square().sum(dim=1)
 
@@ -22,6 +28,11 @@ def attention_column_mass(
     """
     rows, heads, dim = q.shape
     groups = k.shape[1]
+    if in_triton(q) and rows:
+        from kvshare_kernels import triton_attention
+
+        if dim in triton_attention.DIMS and q.dtype == k.dtype and q.dtype in triton_attention.DTYPES:
+            return triton_attention.attention_column_mass(q, k, q_positions, scale)
     mass = torch.zeros(k.shape[0], dtype=torch.float32, device=k.device)
     keys = k.float().permute(1, 2, 0)  # [G, D, m]
     key_positions = torch.arange(k.shape[0], device=k.device)
@@ -44,6 +55,5 @@ def top_k(score: torch.Tensor, budget: int) -> torch.Tensor:
     score float [n]. Fewer indices come back when fewer scores are positive: a token without deviation is
     never worth recomputing (KVShare 4.4, step 5). The stable sort makes all ranks choose alike.
     """
-    budget = min(budget, int((score > 0).sum()))
-    order = torch.sort(score, descending=True, stable=True).indices
-    return order[:budget].sort().values
+    order = torch.sort(score, descending=True, stable=True).indices[:budget]
+    return order[score[order] > 0].sort().values

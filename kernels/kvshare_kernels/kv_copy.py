@@ -1,12 +1,15 @@
 """Copy KV between slots and rotate the keys to their new positions, for many layers at once.
 
-The plain twin is `reference.copy_rotate`. This form walks runs of equal shift, so that one pair of cosine
-and sine rows serves a whole run and the elementwise work broadcasts over it.
+The plain twin is `reference.copy_rotate`. On a CPU it walks runs of equal shift, so that one pair of cosine and sine
+rows serves a whole run and the elementwise work broadcasts over it; on a GPU one launch moves everything.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+
+from kvshare_kernels.device import in_triton, on_device
 
 
 def rotation_rows(cos_sin: torch.Tensor, shift: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +50,13 @@ def copy_rotate(
     k_buffers, v_buffers: one [slots, G, D] tensor a layer, written in place. runs: (source slots int64 [n],
     target slots int64 [n], shift), where all targets are disjoint from all sources. cos_sin [positions, R].
     """
+    if runs and in_triton(cos_sin):
+        from kvshare_kernels import triton_copy
+
+        source, target = (torch.cat([run[i] for run in runs]) for i in (0, 1))
+        shift = on_device(np.repeat([run[2] for run in runs], [len(run[0]) for run in runs]).astype(np.int32), source)
+        triton_copy.copy_rotate(k_buffers, v_buffers, source, target, shift, cos_sin, neox=neox)
+        return
     angles = [rotation_rows(cos_sin, shift) for _, _, shift in runs]
     for keys, values in zip(k_buffers, v_buffers, strict=True):
         for (source, target, shift), (cos, sin) in zip(runs, angles, strict=True):

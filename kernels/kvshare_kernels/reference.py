@@ -19,6 +19,24 @@ def position_masked_attention(q, k, v, q_positions, scale):
     return torch.einsum("hnm,mhd->nhd", probs, values).to(q.dtype)
 
 
+def paged_attention(q, k_buffer, v_buffer, rows, scale, soft_cap=0.0):
+    """The same for ragged rows over paged KV: each sequence of `rows` (a `PagedRows`) by itself.
+
+    q [n, H, D]; k_buffer, v_buffer [slots, G, D]; soft_cap: 0, or scores s become soft_cap * tanh(s / soft_cap).
+    Returns (out [n, H, D] in q's dtype, natural log of the sum of the exponentials of the scores, float32 [n, H]).
+    """
+    outs, sums = [], []
+    for i in range(len(rows.qo_indptr) - 1):
+        mine = slice(rows.qo_indptr[i], rows.qo_indptr[i + 1])
+        slots = rows.kv_indices[rows.kv_indptr[i] : rows.kv_indptr[i + 1]].long()
+        positions = torch.as_tensor(rows.positions[mine], device=q.device)
+        scores = _scores(q[mine], k_buffer[slots], positions, scale, soft_cap)
+        values = v_buffer[slots].repeat_interleave(q.shape[1] // v_buffer.shape[1], dim=1).float()
+        outs.append(torch.einsum("hnm,mhd->nhd", torch.softmax(scores, dim=-1), values))
+        sums.append(torch.logsumexp(scores, dim=-1).T)
+    return torch.cat(outs).to(q.dtype), torch.cat(sums)
+
+
 def attention_column_mass(q, k, q_positions, scale):
     """How much attention each key receives: sum over the rows of the causal softmax, mean over the heads.
 
@@ -28,10 +46,16 @@ def attention_column_mass(q, k, q_positions, scale):
 
 
 def _probabilities(q, k, q_positions, scale):
+    return torch.softmax(_scores(q, k, q_positions, scale), dim=-1)
+
+
+def _scores(q, k, q_positions, scale, soft_cap=0.0):
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).float()
     scores = torch.einsum("nhd,mhd->hnm", q.float(), keys) * scale
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     hidden = torch.arange(k.shape[0], device=k.device)[None, :] > q_positions[:, None]
-    return torch.softmax(scores.masked_fill(hidden[None], -math.inf), dim=-1)
+    return scores.masked_fill(hidden[None], -math.inf)
 
 
 def rotate(k, shift, cos_sin, *, neox):
@@ -73,7 +97,7 @@ def turned_donors(buffer, donors, cos_sin, shifts, *, neox):
 
 def key_spread(k_buffers, donors, cos_sin, shifts, *, neox):
     """Sum over the layers of sum_i w_i |k_i - mean|^2 / mean_p sum_i w_i |k_i|^2, float32 [n]."""
-    spread = torch.zeros(donors.weights.shape[1])
+    spread = torch.zeros_like(donors.weights[0])
     for keys in k_buffers:
         moved = turned_donors(keys, donors, cos_sin, shifts, neox=neox)
         mean = (donors.weights[:, :, None, None] * moved).sum(dim=0)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from harness import Server, start
 
+from kvshare_sched.cpu import has_nvidia_gpu
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dashboards"))
 
 
@@ -70,8 +72,12 @@ def leaves_nothing_behind(request):
         request.getfixturevalue("server").assert_idle_and_clean()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Modules that start servers of their own come first, then those with the same configuration together."""
+    if not has_nvidia_gpu():
+        left_out = [item for item in items if "/e2e/" in str(item.path) and item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     ours = [item for item in items if "/e2e/" in str(item.path)]
     for item in ours:
         item.add_marker(pytest.mark.e2e)

@@ -1,0 +1,79 @@
+"""`make gpu-check` without a GPU: its stages run through on a tiny shape, and a run that is cut keeps what it has."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from gpu import prefill, report  # noqa: E402
+from gpu.results import Results  # noqa: E402
+from gpu.shapes import SHAPES  # noqa: E402
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_measured_road_computes_what_it_says(share, device):
+    """With every row computed anew, reuse is full prefill; with few of them only those rows' KV is written anew."""
+    from kvshare_kernels.triton_attention import TritonAttention
+
+    shape, tokens = SHAPES["tiny"], 40
+    torch.manual_seed(0)
+    model = prefill.Decoder(shape, tokens, device, torch.float32)
+    kernel = TritonAttention(shape.heads, shape.groups, shape.dim, dtype=torch.float32)
+    fresh = np.array([0, 1, 37, 38, 39])
+    with torch.inference_mode():
+        full = model.off()
+        wanted = [k[tokens:].clone() for k in model.keys]
+        logits, cells = model.on(kernel, fresh, share)
+    anew = 40 if share == 1 else 5 + 3
+    assert cells == anew * shape.layers + len(fresh) * (shape.layers // 3)
+    if share == 1:
+        assert torch.allclose(logits, full, rtol=1e-3, atol=1e-3)
+        assert all(torch.allclose(k[tokens:], w, atol=1e-3) for k, w in zip(model.keys, wanted, strict=True))
+    else:
+        same = (model.keys[-1][tokens:] - wanted[-1]).abs().amax(dim=(1, 2)) < 1e-3
+        assert 0 < int(same.sum()) < 40
+
+
+@pytest.mark.cpu
+def test_every_stage_that_can_run_here_leaves_its_file(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--device", "cpu", "--shapes", "tiny"]
+    command += ["--tokens", "64", "--ratios", "0.2", "--stages", "ops,kernels,prefill", "--out", str(tmp_path)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "ops: left out" in done.stdout
+    for stage, wanted in (("kernels", {"kernel", "seconds", "share_of_limit"}), ("prefill", set(report.TIMES))):
+        found = json.loads((tmp_path / f"{stage}.json").read_text())
+        assert found["complete"] and {"device", "versions", "settings", "results"} <= set(found)
+        assert all(wanted <= set(result) for result in found["results"]) and found["results"]
+    assert "plain torch" in (tmp_path / "report.md").read_text() and (tmp_path / "ttft.png").exists()
+
+
+def test_a_run_that_is_cut_keeps_what_it_has(tmp_path):
+    results = Results(tmp_path, "kernels", {"shapes": ["tiny"]})
+    results.add(model_shape="tiny", kernel="top_k", seconds=0.123456789)
+    results.note(copy_gb_s=1.0)
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert not found["complete"] and found["results"] == [
+        {"model_shape": "tiny", "kernel": "top_k", "seconds": 0.12346}
+    ]
+    assert found["settings"] == {"shapes": ["tiny"], "copy_gb_s": 1.0}
+    report.write(tmp_path)
+    assert "cut short" in (tmp_path / "report.md").read_text()
+
+
+def test_dummy_models_are_of_the_published_size():
+    """Billions of parameters, embeddings and head included, as the models' names say."""
+    for name, billions in (("llama-3.1-8b", 8.03), ("qwen2.5-7b", 7.61), ("yi-1.5-9b", 8.83)):
+        shape = SHAPES[name]
+        assert abs((shape.layers * shape.weights + 2 * shape.vocabulary * shape.hidden) / 1e9 - billions) < 0.02
+        assert shape.config()["num_key_value_heads"] == shape.groups

@@ -63,6 +63,13 @@ def request(number: int, rng, documents, tenants: int = 20) -> SimpleNamespace:
         output_ids=array("q"),
         sampling_params=SimpleNamespace(custom_params=None),
         priority=None,
+        input_embeds=None,
+        multimodal_inputs=None,
+        positional_embed_overrides=None,
+        session=None,
+        return_hidden_states=False,
+        return_pooled_hidden_states=False,
+        skip_radix_cache_insert=False,
     )
 
 

@@ -243,6 +243,29 @@ def test_priorities_are_tiers_when_sglang_has_them_enabled():
     assert world.order() == ["none", "low", "high"]
 
 
+def test_with_priorities_too_an_unchanged_queue_is_not_sorted_again_by_us():
+    world, sorted_by_sglang, registry = World(priority=True), [], CollectorRegistry()
+    world.queue._metrics = ShareMetrics(registry=registry).queue
+
+    def original(policy, waiting, *_, **__):
+        before = list(waiting)
+        SchedulePolicy._sort_by_priority_and_fcfs(waiting, policy.priority_sign)
+        sorted_by_sglang.append(waiting != before)
+
+    world.original = original
+    world.waiting = [Req(f"r{n}", 100 + 50 * (7 * n % 5), priority=n % 2) for n in range(10)]
+    for place, req in enumerate(world.waiting):
+        req.time_stats = SimpleNamespace(wait_queue_entry_time=place)
+    first = world.order()
+    assert [world.order() for _ in range(3)] == [first] * 3
+    assert all(sorted_by_sglang), "else this shows nothing"
+    assert registry.get_sample_value("kvshare_order_passes_total", {"result": "unchanged"}) == 3
+    assert [req.priority for req in world.waiting] == [1] * 5 + [0] * 5
+    world.waiting.append(Req("urgent", 10, priority=9))
+    world.waiting[-1].time_stats = SimpleNamespace(wait_queue_entry_time=99)
+    assert world.order() == ["urgent", *first] and world.queue.failures == 0
+
+
 def test_a_failure_leaves_sglangs_order_and_the_next_pass_is_ours_again(monkeypatch):
     world = World()
     world.waiting = [Req("b", 500), Req("a", 100)]

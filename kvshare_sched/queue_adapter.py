@@ -64,10 +64,10 @@ def add_one_req(original, adder, req, *args, **kwargs):
     queue = getattr(adder.tree_cache, "queue", None)
     if queue is None:
         return original(adder, req, *args, **kwargs)
-    if not queue.has_room(req, adder):
-        return AddReqResult.NO_TOKEN
     if not queue.may_start(req):
         return AddReqResult.OTHER
+    if not queue.has_room(req, adder):
+        return AddReqResult.NO_TOKEN
     before = len(adder.can_run_list)
     result = original(adder, req, *args, **kwargs)
     if len(adder.can_run_list) > before and adder.can_run_list[-1] is req:

@@ -84,21 +84,22 @@ class ServerQueue:
         self._tell("unchanged" if order is None else "sorted", time.perf_counter() - started, order)
         return self._listed
 
+    def may_start(self, req) -> bool:
+        """Whether it is a request's turn in this pass."""
+        self._no_room = False
+        try:
+            return not self._in_force or self.queue.may_start(req.rid)
+        except Exception:
+            self._failed("admission")
+            return True
+
     def has_room(self, req, adder) -> bool:
-        """Whether the KV pool should take a request while others run."""
+        """Whether the KV pool should take a request while others run; asked only of those whose turn it is."""
         try:
             self._no_room = self._in_force and not self._has_room(req, adder)
             return not self._no_room
         except Exception:
             self._failed("room in the pool")
-            return True
-
-    def may_start(self, req) -> bool:
-        """Whether it is a request's turn in this pass."""
-        try:
-            return not self._in_force or self.queue.may_start(req.rid)
-        except Exception:
-            self._failed("admission")
             return True
 
     def admitted(self, req, adder) -> None:
@@ -212,10 +213,11 @@ class ServerQueue:
             come = [req for req in waiting if self._waiting.get(req.rid) is not req]
         self._forget(gone)
         sign = policy.priority_sign if policy.enable_priority_scheduling else 0
+        now_s = time.perf_counter()
         for req in come:
             self._arrive(req, float(sign * req.priority) if sign else 0.0)
             self._waiting[req.rid] = req
-            self._came_s[req.rid] = time.perf_counter()
+            self._came_s[req.rid] = now_s
         self._returning.clear()
         if len(self._waiting) != len(waiting):
             raise ValueError(f"{len(waiting)} requests wait, {len(self._waiting)} are known")

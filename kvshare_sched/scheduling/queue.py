@@ -115,9 +115,11 @@ class Queue:
     def revise(self, rid: str, *, work: float, exact: int, reused: int, texts: Texts) -> None:
         """What a waiting request will cost is known better now."""
         row = self._row[rid]
-        self._wanted.remove(self._texts[row])
-        self._wanted.add(texts)
-        self._texts[row] = texts
+        if texts != self._texts[row]:  # who waits for whom may be different, whatever it costs
+            self._wanted.remove(self._texts[row])
+            self._wanted.add(texts)
+            self._texts[row] = texts
+            self._order = None
         if tuple(self._data[_WORK : _REUSED + 1, row]) != (work, exact, reused):
             self._data[_WORK : _REUSED + 1, row] = (work, exact, reused)
             self._order = None

@@ -379,6 +379,17 @@ def test_room_for_cached_text_is_kept_while_others_run_and_never_when_nobody_doe
     assert world.queue.has_room(world.waiting[0], adder)
 
 
+def test_a_full_pool_is_no_reason_to_stop_asking_while_nobody_has_a_turn():
+    """NO_TOKEN would: nobody else is looked at until a running request has left."""
+    world = World(quantum=100_000, pool_keep=0.5)
+    world.waiting = [Req("first", DOC), Req("second", DOC)]
+    assert world.go() == ["first"]
+    world.order()
+    adder = Adder(world.cache)
+    adder.running_batch, adder.rem_total_tokens = SimpleNamespace(reqs=[Req("running")]), 0
+    assert queue_adapter.add_one_req(Adder.add_one_req, adder, world.waiting[0]) == AddReqResult.OTHER
+
+
 @pytest.mark.parametrize("hit_share", [0.0, 1.0])
 def test_an_answer_without_a_limit_counts_as_sglang_counts_it(hit_share):
     """A request without `max_tokens` may fill the whole context; nearly none does."""

@@ -182,7 +182,7 @@ class ServerQueue:
             return None
         if len(order.rows) != len(waiting):
             raise ValueError(f"{len(waiting)} requests wait, {len(order.rows)} are ordered")
-        self._listed = self.queue.items[order.rows].tolist()
+        self._listed = self.queue.table.items[order.rows].tolist()
         return order
 
     def _room(self) -> float:

@@ -339,7 +339,7 @@ def test_clients_that_gave_up_while_they_waited_are_forgotten_when_the_engine_is
     scheduler.is_fully_idle = lambda: True
     queue_adapter.on_idle(world.original, scheduler)
     assert registry.get_sample_value("kvshare_waiting_requests", turn) == 0
-    assert not world.queue.waits and not any(world.queue.queue.items)
+    assert not world.queue.waits and not any(world.queue.queue.table.items)
     world.waiting = [Req("b", 50), Req("c", 30)]
     assert world.go() == ["c", "b"] and world.queue.failures == 0
 

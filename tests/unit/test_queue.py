@@ -40,8 +40,8 @@ def test_everybody_is_in_the_order_once(policy):
     for n in range(0, 700, 3):
         q.remove(f"r{n}")
     order = q.order()
-    assert sorted(q.rids[row] for row in order.rows) == sorted(f"r{n}" for n in range(700) if n % 3)
-    assert tuple(q.rids[row] for row in order.rows)[: len(order.ready)] == order.ready
+    assert sorted(q.table.rids[row] for row in order.rows) == sorted(f"r{n}" for n in range(700) if n % 3)
+    assert tuple(q.table.rids[row] for row in order.rows)[: len(order.ready)] == order.ready
     assert len(order.ready) <= LIMIT or policy != "fair"
 
 
@@ -277,4 +277,4 @@ def test_who_computes_a_text_for_many_comes_before_a_cheaper_one_that_helps_nobo
     q.start("giver", 1000)
     for n in range(4):
         q.remove(f"taker{n}")
-    assert q.order().ready == ("alone",) and not q._wanted._count
+    assert q.order().ready == ("alone",) and not q.table._wanted._count

@@ -7,6 +7,7 @@ A new number is a line in the table and a line here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from kvshare_sched.series import (
@@ -43,6 +44,12 @@ class _Recorder:
 
     def _set(self, name: str, value: float, *labels: str) -> None:
         self._of(name, labels).set(value)
+
+    def _drop(self, name: str, *labels: str) -> None:
+        """A gauge of something that is gone. The files of SGLang's multiprocess set-up keep a series, at zero then."""
+        self._set(name, 0, *labels)
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            self._made[name].remove(*labels)
 
     def _see(self, name: str, value: float, *labels: str) -> None:
         self._of(name, labels).observe(value)
@@ -168,6 +175,10 @@ class AuditMetrics(_Recorder):
 class QueueMetrics(_Recorder):
     """What ordering the waiting queue costs, and who waits for what."""
 
+    def __init__(self, made: dict, named: _Names):
+        super().__init__(made, named)
+        self._shown: set[str] = set()  # tenants whose accounts are shown
+
     def ordered(self, result: str, seconds: float, oldest_s: float = 0.0) -> None:
         """Count one pass; see ORDER_RESULTS. oldest_s: how long the oldest request has waited."""
         self._add("order_passes", 1, result)
@@ -187,10 +198,16 @@ class QueueMetrics(_Recorder):
         waits = (ready, len(order.rows) - ready - order.held, order.held)
         for name, count in zip(WAITS, waits, strict=True):
             self._set("waiting_requests", count, name)
+        shown = set()
         for account, deficit in queue.accounts.deficits.items():
             if (name := self._named(account)) != OTHER:
+                shown.add(name)
                 self._set("tenant_deficit_tokens", deficit, name)
                 self._set("tenant_service_tokens", queue.accounts.served[account], name)
+        for name in self._shown - shown:  # the account was dropped
+            self._drop("tenant_deficit_tokens", name)
+            self._drop("tenant_service_tokens", name)
+        self._shown = shown
 
 
 class EdgeMetrics(_Recorder):

@@ -18,7 +18,6 @@ from kvshare_sched.types import Namespace
 _THINNING = 4  # one in so many of the index's fingerprints is kept: one in 36 tokens
 _NEW_TOKENS = 32_768  # prompt tokens fingerprinted in one pass
 _AGAIN = 64  # requests looked at again in one pass
-_INSPECTED = 1024  # requests asked in one pass whether they need it
 
 
 @dataclass(slots=True)
@@ -34,9 +33,8 @@ class Prompt:
     prints: list[int] = field(default_factory=list)  # as the index has them
     texts: list[int] = field(default_factory=list)  # the same, with names of this namespace's own
     positions: list[int] = field(default_factory=list)
-    exact: int = 0
-    known: list[bool] = field(default_factory=list)
-    generation: object = None  # of the index, at the last look; None: never looked at
+    seen: tuple | None = None  # what the last look found; None: never looked at
+    generation: int = -1  # of the index, at the last look
 
 
 class Peek:
@@ -45,10 +43,8 @@ class Peek:
     def __init__(self, pipeline: Pipeline):
         self._pipeline = pipeline
         self._new: OrderedDict[str, Prompt] = OrderedDict()
-        self._prompts: OrderedDict[str, Prompt] = OrderedDict()  # the next to be looked at again first
+        self._prompts: OrderedDict[str, Prompt] = OrderedDict()  # the one whose last look is oldest first
         self._events = 0
-        self._fresh = 0  # prompts asked since the last one that needed a look
-        self._seen: object = None
         costs = pipeline.costs
         self.copy_price = costs.copy_s / (costs.cell_s * costs.layers)
 
@@ -74,20 +70,13 @@ class Peek:
             prompt.texts = [fingerprint ^ mark for fingerprint in prompt.prints]
             self._prompts[rid] = prompt
             yield rid, self._look(prompt)
-        generation = self._generation()
-        if generation != self._seen:
-            self._seen, self._fresh = generation, 0
-        again = 0
-        for _ in range(min(_INSPECTED, len(self._prompts) - self._fresh)):
+        for _ in range(min(_AGAIN, len(self._prompts))):
             rid, prompt = next(iter(self._prompts.items()))
+            if prompt.generation == self._generation():
+                break  # and so are all behind it
             self._prompts.move_to_end(rid)
-            self._fresh += 1
-            if prompt.generation != generation:
-                if (found := self._look(prompt)) is not None:
-                    yield rid, found
-                again += 1
-                if again == _AGAIN:
-                    break
+            if (found := self._look(prompt)) is not None:
+                yield rid, found
 
     def missing(self, prompt: Prompt, until: int) -> list[int]:
         """Texts that end before position `until` and that no donor has yet."""
@@ -96,22 +85,25 @@ class Peek:
         window = self._pipeline.index.window
         return [text for text, at, there in places if at + window <= until and not there]
 
-    def _generation(self) -> object:
-        """Changes whenever a look might find something else. With reuse off the index is empty, so requests count."""
+    def _generation(self) -> int:
+        """Grows whenever a look might find something else. With reuse off the index is empty, so requests count."""
         return self._events if self._pipeline.config.mode == "off" else self._pipeline.index.generation
 
     def _look(self, prompt: Prompt) -> Estimate | None:
-        """What is known now; None when nothing has changed."""
-        first, prompt.generation = prompt.generation is None, self._generation()
+        """What is known now; None when nothing has changed. The tree is asked each time: it grows, and what it evicts
+        stays in the index until a plan finds out. That its tenant's ratio has moved a little is news with the next one.
+        """
+        prompt.generation = self._generation()
         known = self._pipeline.index.known(prompt.namespace, prompt.prints)
-        if not first and known == prompt.known and self._pipeline.config.mode != "off":
-            return None
-        prompt.known = known
         exact = self._pipeline.tree.prefix_len(prompt.key)
-        config = self._pipeline.auditor.settings(self._pipeline.config, prompt.namespace)
+        auditor, config = self._pipeline.auditor, self._pipeline.config
+        reuse = config.mode == "on" and prompt.reusable and not auditor.refuses(prompt.namespace)
+        if prompt.seen == (seen := (exact, reuse, known)):
+            return None
+        prompt.seen = seen
         prices = Prices(
-            reuse=config.mode == "on" and prompt.reusable and not self._pipeline.auditor.refuses(prompt.namespace),
-            recompute=config.ratio,
+            reuse=reuse,
+            recompute=auditor.settings(config, prompt.namespace).ratio,
             copy=self.copy_price,
             least=config.min_suffix,
             lends=prompt.lends,

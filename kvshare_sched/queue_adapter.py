@@ -34,11 +34,15 @@ def create(config, ctx, pipeline, metrics) -> ServerQueue | None:
 
 
 def calc_priority(original, policy, waiting_queue, *args, **kwargs):
-    """Around `SchedulePolicy.calc_priority`: SGLang's own first, so that a failure of ours leaves its tiers."""
+    """Around `SchedulePolicy.calc_priority`: SGLang's own first, so that a failure of ours leaves its tiers.
+
+    With priorities that sorts the list in every pass, so ours is compared with the list as it was before.
+    """
+    before = list(waiting_queue)
     result = original(policy, waiting_queue, *args, **kwargs)
     queue = getattr(policy.tree_cache, "queue", None)
-    if queue is not None and waiting_queue:
-        queue.order(waiting_queue, policy)
+    if queue is not None and before and (ordered := queue.order(before, policy)) is not None:
+        waiting_queue[:] = ordered
     return result
 
 
@@ -60,10 +64,10 @@ def add_one_req(original, adder, req, *args, **kwargs):
     queue = getattr(adder.tree_cache, "queue", None)
     if queue is None:
         return original(adder, req, *args, **kwargs)
-    if not queue.has_room(req, adder):
-        return AddReqResult.NO_TOKEN
     if not queue.may_start(req):
         return AddReqResult.OTHER
+    if not queue.has_room(req, adder):
+        return AddReqResult.NO_TOKEN
     before = len(adder.can_run_list)
     result = original(adder, req, *args, **kwargs)
     if len(adder.can_run_list) > before and adder.can_run_list[-1] is req:

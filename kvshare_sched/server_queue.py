@@ -69,32 +69,37 @@ class ServerQueue:
 
     # ---- SGLang asks ----
 
-    def order(self, waiting: list, policy) -> None:
-        """Sort SGLang's list in place."""
+    def order(self, waiting: list, policy) -> list | None:
+        """SGLang's list in our order, not to be changed; None after a failure.
+
+        waiting: as we left it but for who came and went; then an order that still holds is not made again.
+        """
         started = time.perf_counter()
         try:
             order = self._sort(waiting, policy)
             self._in_force = True
         except Exception:
             self._failed("ordering the queue")
-        else:
-            self._tell("unchanged" if order is None else "sorted", time.perf_counter() - started, order)
+            return None
+        self._tell("unchanged" if order is None else "sorted", time.perf_counter() - started, order)
+        return self._listed
+
+    def may_start(self, req) -> bool:
+        """Whether it is a request's turn in this pass."""
+        self._no_room = False
+        try:
+            return not self._in_force or self.queue.may_start(req.rid)
+        except Exception:
+            self._failed("admission")
+            return True
 
     def has_room(self, req, adder) -> bool:
-        """Whether the KV pool should take a request while others run."""
+        """Whether the KV pool should take a request while others run; asked only of those whose turn it is."""
         try:
             self._no_room = self._in_force and not self._has_room(req, adder)
             return not self._no_room
         except Exception:
             self._failed("room in the pool")
-            return True
-
-    def may_start(self, req) -> bool:
-        """Whether it is a request's turn in this pass."""
-        try:
-            return not self._in_force or self.queue.may_start(req.rid)
-        except Exception:
-            self._failed("admission")
             return True
 
     def admitted(self, req, adder) -> None:
@@ -177,8 +182,7 @@ class ServerQueue:
             return None
         if len(order.rows) != len(waiting):
             raise ValueError(f"{len(waiting)} requests wait, {len(order.rows)} are ordered")
-        waiting[:] = self.queue.items[order.rows].tolist()
-        self._listed = list(waiting)
+        self._listed = self.queue.table.items[order.rows].tolist()
         return order
 
     def _room(self) -> float:
@@ -203,16 +207,17 @@ class ServerQueue:
     def _mirror(self, waiting: list, policy) -> None:
         gone, come = _difference(self._listed, waiting)
         if self._returning or (come and not {id(req) for req in gone}.isdisjoint(map(id, come))):
-            # SGLang has sorted, or a request left and is back: compare with what we know.
+            # A request left and is back, or somebody else has sorted: compare with what we know.
             listed = {id(req) for req in waiting}
             gone = [req for req in self._waiting.values() if id(req) not in listed]
             come = [req for req in waiting if self._waiting.get(req.rid) is not req]
         self._forget(gone)
         sign = policy.priority_sign if policy.enable_priority_scheduling else 0
+        now_s = time.perf_counter()
         for req in come:
             self._arrive(req, float(sign * req.priority) if sign else 0.0)
             self._waiting[req.rid] = req
-            self._came_s[req.rid] = time.perf_counter()
+            self._came_s[req.rid] = now_s
         self._returning.clear()
         if len(self._waiting) != len(waiting):
             raise ValueError(f"{len(waiting)} requests wait, {len(self._waiting)} are known")

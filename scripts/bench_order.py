@@ -2,11 +2,12 @@
 
     python scripts/bench_order.py [--out benchmarks/order.json]
 
-Kinds of pass: all of them have come at once; they are looked at, a bounded number in each pass; a few leave and come, a
-new donor is there and the engine has worked; nothing has happened.
+Kinds of pass: all of them have come at once (`flood`, once for each size); they are looked at, a bounded number in each
+pass (`looking`); a few leave and come, a new donor is there and the engine has worked (`changed`); nothing has happened
+(`unchanged`); all lack one text, which one of them computes (`duplicates`).
 
-The server's own path: SGLang's list is mirrored, some requests are looked up in the index, the order is made and
-written back. Stand-ins for SGLang's requests, the real index with 400 donors of 3,200 tokens.
+The server's own path, from the hook on: SGLang's list is mirrored, some requests are looked up in the index, the order
+is made and written back. Stand-ins for SGLang's requests, the real index with 400 donors of 3,200 tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ import numpy as np
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
+from kvshare_sched.queue_adapter import calc_priority
 from kvshare_sched.server_queue import ServerQueue
 from kvshare_sched.types import Namespace
 
 SIZES = (100, 1_000, 10_000)
 PASSES = 60
-POLICY = SimpleNamespace(enable_priority_scheduling=False, priority_sign=-1)
 
 
 class Tree:
@@ -53,22 +54,35 @@ def world(rng) -> tuple[ServerQueue, Pipeline, list[np.ndarray]]:
 
 
 def request(number: int, rng, documents, tenants: int = 20) -> SimpleNamespace:
-    tokens = np.concatenate([documents[i] for i in rng.integers(0, 1000, rng.integers(1, 6))]).astype(np.int64)
+    return asking(number, np.concatenate([documents[i] for i in rng.integers(0, 1000, rng.integers(1, 6))]), tenants)
+
+
+def asking(number: int, tokens: np.ndarray, tenants: int = 20) -> SimpleNamespace:
     return SimpleNamespace(
         rid=f"r{number}",
         extra_key=f"t{number % tenants}",
         cache_salt=None,
         lora_id=None,
-        origin_input_ids=array("q", tokens.tobytes()),
+        origin_input_ids=array("q", tokens.astype(np.int64).tobytes()),
         output_ids=array("q"),
         sampling_params=SimpleNamespace(custom_params=None),
         priority=None,
+        input_embeds=None,
+        multimodal_inputs=None,
+        positional_embed_overrides=None,
+        session=None,
+        return_hidden_states=False,
+        return_pooled_hidden_states=False,
+        skip_radix_cache_insert=False,
     )
 
 
 def timed(queue: ServerQueue, waiting: list) -> float:
+    policy = SimpleNamespace(
+        enable_priority_scheduling=False, priority_sign=-1, tree_cache=SimpleNamespace(queue=queue)
+    )
     started = time.perf_counter()
-    queue.order(waiting, POLICY)
+    calc_priority(lambda *_: None, policy, waiting)
     return (time.perf_counter() - started) * 1e3
 
 
@@ -89,7 +103,23 @@ def measure(size: int) -> dict:
         changed.append(timed(queue, waiting))
     assert queue.failures == 0
     kinds = {"flood": flood, "looking": looking, "changed": changed, "unchanged": unchanged}
+    kinds["duplicates"] = duplicates(size, rng)
     return {name: {"median": statistics.median(t), "worst": max(t)} for name, t in kinds.items()}
+
+
+def duplicates(size: int, rng) -> list[float]:
+    """Passes over requests of one tenant for the same 2,000 tokens; the engine has worked between them."""
+    queue, _, _ = world(rng)
+    text = rng.integers(0, 49_000, 2000)
+    waiting = [asking(n, np.concatenate((text, rng.integers(0, 49_000, 40))), 1) for n in range(size)]
+    for _ in range(2 + size // 15):
+        timed(queue, waiting)
+    passes = []
+    for _ in range(PASSES):
+        queue.queue.clock += 4000
+        passes.append(timed(queue, waiting))
+    assert queue.failures == 0 and queue.queue.order().held
+    return passes
 
 
 def main() -> None:

@@ -116,7 +116,8 @@ def mooncake(rows: Sequence[dict]) -> Iterator[Request]:
 def sharegpt(conversations: Sequence[dict], new_tokens: int = 64) -> Iterator[Request]:
     """ShareGPT-style conversations: every human turn is a request behind all turns before it, as they were said.
 
-    One conversation a second; a turn is due once the answer before it has come.
+    One conversation a second, a session of its own whatever id it has: public files repeat ids. A turn is due once the
+    answer before it has come.
     """
     for number, entry in enumerate(conversations):
         turns = [(t.get("from") or t.get("role"), t.get("value") or t.get("content") or "") for t in _turns(entry)]
@@ -125,7 +126,7 @@ def sharegpt(conversations: Sequence[dict], new_tokens: int = 64) -> Iterator[Re
         for who, text in turns:
             if who in ("human", "user"):
                 said.append((f"text/{text}", 0))
-                yield Request(float(number), "sharegpt", str(entry.get("id", number)), step, tuple(said), new_tokens)
+                yield Request(float(number), "sharegpt", str(number), step, tuple(said), new_tokens)
                 said.append((f"answer/{step}", 0))
                 step += 1
             elif who == "system":

@@ -57,8 +57,12 @@ class Duplicates:
         if not self.bound:
             return False
         wanted = max(_LEAST, _SHARE * work)
-        running = sum(tokens for text, tokens in texts.lacks if text in self._count)
-        ahead = sum(tokens for text, tokens in texts.lacks if text in self._ahead and text not in self._count)
+        running = ahead = 0
+        for text, tokens in texts.lacks:
+            if text in self._count:
+                running += tokens
+            elif text in self._ahead:
+                ahead += tokens
         if texts.takes and running + ahead >= wanted:
             if running < wanted:
                 return True

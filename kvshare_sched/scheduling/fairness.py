@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 OUTPUT_PRICE = 2.0  # tokens of prefill charged for a generated token (the price of VTC, arXiv 2401.00588)
 OVERFLOW = "(others)"  # the account that unknown tenants beyond the cap share
+HELD = 256  # requests of an account that one pass may find held
 _PEEK = 8  # idle accounts looked at when a new tenant needs room
 
 
@@ -177,10 +178,11 @@ def sequence(
     """(places in the order deficit round robin starts them, `limit` at most; how many are held back).
 
     places: of each account in a common order by key, best last; used up. credit: deficit of each account, spent on the
-    way. work, held: asked once, in order, for every place that would be next.
+    way. work, held: asked once, in order, for every place that would be next. An account is asked no further once
+    HELD of its own are held: thousands of requests over one text must not make every pass long.
     """
     started: list[int] = []
-    kept = 0
+    kept: Counter[str] = Counter()
     while places and len(started) < limit:
         rounds = min(rounds_owed(credit[account], grant(account)) for account in places)
         for account in places:
@@ -192,7 +194,9 @@ def sequence(
             left = places[account]
             left.pop()
             if held(place):
-                kept += 1
+                kept[account] += 1
+                if kept[account] == HELD:
+                    left.clear()
             else:
                 started.append(place)
                 credit[account] -= max(1.0, work(place))
@@ -200,4 +204,4 @@ def sequence(
                 del places[account]
             elif credit[account] > 0:
                 heapq.heappush(ready, (left[-1], account))
-    return started, kept
+    return started, kept.total()

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvshare_sched.scheduling.duplicates import Duplicates, Texts, Wanted
+from kvshare_sched.scheduling.duplicates import Duplicates, Texts
 from kvshare_sched.scheduling.fairness import OUTPUT_PRICE, Accounts, sequence
 from kvshare_sched.scheduling.order import Rows, Waiting, ranked
+from kvshare_sched.scheduling.table import Table
 
 LIMIT = 256  # requests that one pass may start
 _MEMORY = 20_000  # prompt tokens over which the hit share is averaged
 _STEP = 256.0  # tokens of service after which waiting times are looked at again
-_FIELDS = len(Rows._fields)
-_WORK, _EXACT, _REUSED, _SHARED = map(Rows._fields.index, ("work", "exact", "reused", "shared"))
-_PRICED = 128  # requests in each sort whose part of a common text is looked at again
 _BEHIND = 4  # whom a pass delays for each of those who wait: them, and those yet to come (simulated, decision 016)
 _NOTHING = Texts()
 
@@ -57,18 +55,10 @@ class Queue:
         self.pass_fixed = pass_fixed  # cost of a pass whatever is in it, tokens; 0: not known, passes are filled
         self.accounts = accounts
         self.duplicates = Duplicates(duplicate_wait if policy == "fair" else 0)
-        self._wanted = Wanted()
-        self._priced = 0  # the row that was looked at last
+        self.table = Table()  # the waiting ones
         self.clock = 0.0  # tokens of service given so far
         self.running: dict[str, _Running] = {}
-        self.rids: list[str] = []  # by row
-        self.items = np.empty(64, object)  # by row: what the caller knows the request by
         self.sorts = 0
-        self._row: dict[str, int] = {}
-        self._waiting: list[Waiting] = []
-        self._accounts: list[str] = []
-        self._texts: list[Texts] = []
-        self._data = np.zeros((_FIELDS, 64))
         self._order: Order | None = None
         self._ordered_at = (0.0, 0.0)  # clock, room
         self._may: dict[str, tuple[int, str]] = {}  # (tier, account) of the requests that may start in this pass
@@ -77,49 +67,31 @@ class Queue:
         self.hit_share = 0.0  # of the prompts that started lately, weighted by their length
 
     def __len__(self) -> int:
-        return len(self.rids)
+        return len(self.table)
 
     def __contains__(self, rid: str) -> bool:
-        return rid in self._row
+        return rid in self.table.row
 
     def work(self, rid: str) -> float:
         """What a waiting request will cost, tokens of ordinary prefill."""
-        return float(self._data[_WORK, self._row[rid]])
+        return self.table.work(rid)
 
     # ---- events ----
 
     def add(self, waiting: Waiting, texts: Texts = _NOTHING, item: object = None) -> None:
-        """A request starts to wait; `item` goes with it into `items`.
+        """A request starts to wait; `item` goes with it into `table.items`.
 
         Raises ValueError when its id is waiting already.
         """
-        if waiting.rid in self._row:
+        if waiting.rid in self:
             raise ValueError(f"request {waiting.rid} waits already")
-        row = len(self.rids)
-        if row == self._data.shape[1]:
-            self._data = np.concatenate((self._data, np.zeros_like(self._data)), axis=1)
-            self.items = np.concatenate((self.items, np.empty(row, object)))
-        w = waiting
-        account = self.accounts.enter(w.tenant)
-        number = self.accounts.numbers[account]
-        self._data[:, row] = (w.tier, w.arrival, w.since, w.work, w.exact, w.reused, w.prompt, 0, number)
-        self._wanted.add(texts)
-        self._row[waiting.rid] = row
-        self.items[row] = item
-        self.rids.append(waiting.rid)
-        self._waiting.append(waiting)
-        self._accounts.append(account)
-        self._texts.append(texts)
+        account = self.accounts.enter(waiting.tenant)
+        self.table.add(waiting, account, self.accounts.numbers[account], texts, item)
         self._order = None
 
     def revise(self, rid: str, *, work: float, exact: int, reused: int, texts: Texts) -> None:
-        """What a waiting request will cost is known better now."""
-        row = self._row[rid]
-        self._wanted.remove(self._texts[row])
-        self._wanted.add(texts)
-        self._texts[row] = texts
-        if tuple(self._data[_WORK : _REUSED + 1, row]) != (work, exact, reused):
-            self._data[_WORK : _REUSED + 1, row] = (work, exact, reused)
+        """What a waiting request will cost is known better now, or who may wait for whom."""
+        if self.table.revise(rid, work, exact, reused, texts):
             self._order = None
 
     def remove(self, rid: str) -> None:
@@ -128,9 +100,9 @@ class Queue:
 
     def start(self, rid: str, work: float, computing=()) -> None:
         """A waiting request runs: `work` tokens of its prompt now; `computing`: texts others may wait for."""
-        row = self._row[rid]
-        self._hit(float(self._data[_EXACT, row] + self._data[_REUSED, row]), self._waiting[row].prompt)
+        hits = self.table.hits(rid)
         waiting, account = self._take(rid)
+        self._hit(hits, waiting.prompt)
         self.running[rid] = _Running(waiting, account)
         self.duplicates.computing(rid, computing)
         self.charge(rid, work)
@@ -175,16 +147,7 @@ class Queue:
             self._order = None
 
     def _take(self, rid: str) -> tuple[Waiting, str]:
-        row, last = self._row.pop(rid), len(self.rids) - 1
-        waiting, account = self._waiting[row], self._accounts[row]
-        self._wanted.remove(self._texts[row])
-        for column in (self.rids, self._waiting, self._accounts, self._texts):
-            column[row] = column[last]
-            column.pop()
-        self.items[row], self.items[last] = self.items[last], None
-        if row != last:
-            self._data[:, row] = self._data[:, last]
-            self._row[self.rids[row]] = row
+        waiting, account = self.table.take(rid)
         if (place := self._may.pop(rid, None)) is not None:
             self._left[place] -= 1
         self.accounts.leave(account)
@@ -208,24 +171,19 @@ class Queue:
         ):
             return self._order
         self.sorts += 1
-        self._price()
-        rows = Rows(*self._data[:, : len(self.rids)])
+        if self.policy == "fair":
+            self.table.price()
+        rows = self.table.rows
         places = ranked(self.policy, rows, self.clock)
         if self.policy == "fair":
             self._order = self._fair(places, rows, room)
         else:
-            self._order = Order(tuple(self.rids[row] for row in places.tolist()), places)
+            self._order = Order(tuple(self.table.rids[row] for row in places.tolist()), places)
         self._ordered_at = (self.clock, room)
         return self._order
 
-    def _price(self) -> None:
-        count = len(self.rids) if self.policy == "fair" else 0
-        for _ in range(min(_PRICED, count)):
-            self._priced = (self._priced + 1) % count
-            self._data[_SHARED, self._priced] = self._wanted.shared(self._texts[self._priced])
-
     def _fair(self, places: np.ndarray, rows: Rows, room: float) -> Order:
-        credit = dict(self.accounts.deficits)
+        credit, table = dict(self.accounts.deficits), self.table
         self.duplicates.begin_pass()
         ready: list[int] = []
         held = 0
@@ -240,11 +198,11 @@ class Queue:
                 credit,
                 self.accounts.grant,
                 LIMIT - len(ready),
-                lambda at: self.duplicates.holds(self.rids[row_of[at]], self._texts[row_of[at]], work[at]),  # noqa: B023
+                lambda at: self.duplicates.holds(table.rids[row_of[at]], table.texts[row_of[at]], work[at]),  # noqa: B023
             )
             ready += (row_of[at] for at in started)
             held += kept
-            self._may |= {self.rids[row_of[at]]: (tier, self._accounts[row_of[at]]) for at in started}
+            self._may |= {table.rids[row_of[at]]: (tier, table.accounts[row_of[at]]) for at in started}
         self._left = Counter(self._may.values())
         others = np.ones(len(places), bool)
         others[ready] = False
@@ -255,7 +213,7 @@ class Queue:
         """Places of each account, best last."""
         places = np.argsort(numbers, kind="stable")
         edges = np.flatnonzero(np.diff(numbers[places])) + 1
-        return {self._accounts[row_of[part[0]]]: part[::-1].tolist() for part in np.split(places, edges)}
+        return {self.table.accounts[row_of[part[0]]]: part[::-1].tolist() for part in np.split(places, edges)}
 
     def chunk(self, left: float, budget: int, page: int = 1) -> int:
         """Tokens the next piece of a long prompt may have when `left` of it are to do, so that others run beside it.
@@ -302,7 +260,7 @@ class Queue:
         A pass answers all its requests at its end, so those who started would wait for this one's work; another pass
         makes everybody who waits, and comes before the queue is empty, wait for its fixed part.
         """
-        return 0 < self.pass_fixed * _BEHIND * len(self.rids) < self._started * self.work(rid)
+        return 0 < self.pass_fixed * _BEHIND * len(self) < self._started * self.work(rid)
 
 
 def _groups(places: np.ndarray, rows: Rows, room: float) -> Iterator[tuple[int, np.ndarray]]:

@@ -152,10 +152,10 @@ class Engine:
             need = live.request.prompt + live.request.new_tokens
             if budget <= 0 or len(self._running) + len(batch) >= profile.running:
                 break
+            if (self._long is not None and live.rows > budget) or not self.queue.may_start(rid):
+                break
             busy = self._running or batch
             if busy and not self.queue.has_room(self._held, need, profile.capacity):
-                break
-            if (self._long is not None and live.rows > budget) or not self.queue.may_start(rid):
                 break
             self._look(live)
             if live.found.reused:

@@ -243,6 +243,29 @@ def test_priorities_are_tiers_when_sglang_has_them_enabled():
     assert world.order() == ["none", "low", "high"]
 
 
+def test_with_priorities_too_an_unchanged_queue_is_not_sorted_again_by_us():
+    world, sorted_by_sglang, registry = World(priority=True), [], CollectorRegistry()
+    world.queue._metrics = ShareMetrics(registry=registry).queue
+
+    def original(policy, waiting, *_, **__):
+        before = list(waiting)
+        SchedulePolicy._sort_by_priority_and_fcfs(waiting, policy.priority_sign)
+        sorted_by_sglang.append(waiting != before)
+
+    world.original = original
+    world.waiting = [Req(f"r{n}", 100 + 50 * (7 * n % 5), priority=n % 2) for n in range(10)]
+    for place, req in enumerate(world.waiting):
+        req.time_stats = SimpleNamespace(wait_queue_entry_time=place)
+    first = world.order()
+    assert [world.order() for _ in range(3)] == [first] * 3
+    assert all(sorted_by_sglang), "else this shows nothing"
+    assert registry.get_sample_value("kvshare_order_passes_total", {"result": "unchanged"}) == 3
+    assert [req.priority for req in world.waiting] == [1] * 5 + [0] * 5
+    world.waiting.append(Req("urgent", 10, priority=9))
+    world.waiting[-1].time_stats = SimpleNamespace(wait_queue_entry_time=99)
+    assert world.order() == ["urgent", *first] and world.queue.failures == 0
+
+
 def test_a_failure_leaves_sglangs_order_and_the_next_pass_is_ours_again(monkeypatch):
     world = World()
     world.waiting = [Req("b", 500), Req("a", 100)]
@@ -316,7 +339,7 @@ def test_clients_that_gave_up_while_they_waited_are_forgotten_when_the_engine_is
     scheduler.is_fully_idle = lambda: True
     queue_adapter.on_idle(world.original, scheduler)
     assert registry.get_sample_value("kvshare_waiting_requests", turn) == 0
-    assert not world.queue.waits and not any(world.queue.queue.items)
+    assert not world.queue.waits and not any(world.queue.queue.table.items)
     world.waiting = [Req("b", 50), Req("c", 30)]
     assert world.go() == ["c", "b"] and world.queue.failures == 0
 
@@ -354,6 +377,17 @@ def test_room_for_cached_text_is_kept_while_others_run_and_never_when_nobody_doe
     assert queue_adapter.chunk_limit(None, world.policy, Req("long", 5000), [], 1000, 1) is None, "for nobody's good"
     adder.rem_total_tokens = 50_400
     assert world.queue.has_room(world.waiting[0], adder)
+
+
+def test_a_full_pool_is_no_reason_to_stop_asking_while_nobody_has_a_turn():
+    """NO_TOKEN would: nobody else is looked at until a running request has left."""
+    world = World(quantum=100_000, pool_keep=0.5)
+    world.waiting = [Req("first", DOC), Req("second", DOC)]
+    assert world.go() == ["first"]
+    world.order()
+    adder = Adder(world.cache)
+    adder.running_batch, adder.rem_total_tokens = SimpleNamespace(reqs=[Req("running")]), 0
+    assert queue_adapter.add_one_req(Adder.add_one_req, adder, world.waiting[0]) == AddReqResult.OTHER
 
 
 @pytest.mark.parametrize("hit_share", [0.0, 1.0])

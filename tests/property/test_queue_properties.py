@@ -16,7 +16,7 @@ from kvshare_sched.scheduling.queue import LIMIT, Queue
 
 
 def q_wanted(queue) -> Counter:
-    return Counter(text for texts in queue._texts for text, _ in texts.lacks)
+    return Counter(text for texts in queue.table.texts for text, _ in texts.lacks)
 
 
 class Anything(RuleBasedStateMachine):
@@ -91,10 +91,10 @@ class Anything(RuleBasedStateMachine):
     @invariant()
     def everybody_is_there_once(self):
         order = self.queue.order()
-        assert sorted(self.queue.rids[row] for row in order.rows) == sorted(self.waiting)
+        assert sorted(self.queue.table.rids[row] for row in order.rows) == sorted(self.waiting)
         assert len(order.ready) <= LIMIT and set(order.ready) <= self.waiting
         assert set(self.queue.running) == self.running
-        tiers = [self.queue._waiting[self.queue._row[rid]].tier for rid in order.ready]
+        tiers = [self.queue.table.waiting[self.queue.table.row[rid]].tier for rid in order.ready]
         assert tiers == sorted(tiers)
 
     @invariant()
@@ -104,7 +104,7 @@ class Anything(RuleBasedStateMachine):
         assert all(d <= 2 * books.grant(a) + 2000 + gain for a, d in books.deficits.items())
         assert sum(books._waiting.values()) == len(self.waiting)
         assert sum(books._open.values()) == len(self.waiting) + len(self.running)
-        assert q_wanted(self.queue) == dict(self.queue._wanted._count)
+        assert q_wanted(self.queue) == dict(self.queue.table._wanted._count)
         own = [a for a in books.deficits if a not in books.weights and a != "(others)"]
         assert len(own) == books._own <= 2
 
@@ -147,7 +147,7 @@ class Engine:
     def keep(self, backlog: dict[str, int], work) -> None:
         """Fill every tenant's backlog up."""
         for tenant, count in backlog.items():
-            have = sum(rid.split("/")[0] == tenant for rid in self.queue.rids)
+            have = sum(rid.split("/")[0] == tenant for rid in self.queue.table.rids)
             for _ in range(count - have):
                 self.add(tenant, work(tenant))
 
@@ -231,7 +231,7 @@ def test_a_tenant_that_comes_and_goes_gets_its_share_while_it_is_there_and_no_mo
             engine.step(1000)
         served = {t: engine.queue.accounts.served[t] - before.get(t, 0) for t in ("on", "off")}
         seen.append(served["off"] / sum(served.values()))
-        for rid in [r for r in engine.queue.rids if r.startswith("off")]:
+        for rid in [r for r in engine.queue.table.rids if r.startswith("off")]:
             engine.queue.remove(rid)
     assert [round(share, 1) for share in seen] == [0, 0.5, 0, 0.5, 0, 0.5]
 

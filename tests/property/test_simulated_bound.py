@@ -40,7 +40,7 @@ def test_two_backlogged_tenants_stay_within_the_gap(prompts, new, quantum, weigh
     gaps, most = [0.0], 1
     for done in engine.run(requests):
         left[done.tenant] -= 1
-        waiting = {tenant: sum(name == tenant for name in queue._accounts) for tenant in "fg"}
+        waiting = {tenant: sum(name == tenant for name in queue.table.accounts) for tenant in "fg"}
         if not all(waiting.values()):
             break  # one of them is not backlogged any longer
         most = max(most, len(queue.running))

@@ -166,6 +166,14 @@ def test_sharegpt_conversations(tmp_path):
     assert blocks.text_of("text/Hello") == "Hello\n\n"
 
 
+def test_sharegpt_conversations_with_one_id_are_two_sessions(tmp_path):
+    """Else the answers of one would stand in the prompts of the other."""
+    path = tmp_path / "chats.json"
+    said = [{"id": "same", "messages": [{"role": "user", "content": text}]} for text in ("Hello", "Bye")]
+    path.write_text(json.dumps(said))
+    assert len({request.session for request in traces.read(path).requests}) == 2
+
+
 @pytest.mark.parametrize("content", ['{"timestamp": 1}', "no json", '[{"id": 1}]', '{"trace": "x"}\n{"at_s": 1}'])
 def test_other_files_are_refused_by_name(tmp_path, content):
     path = tmp_path / "other.jsonl"

@@ -255,6 +255,9 @@ def test_two_engines_on_two_registries_do_not_mix(metrics, registry):
     assert samples(other)["kvshare_prompt_tokens_total", ("reused",)] == 40
 
 
+SHOWN_ACCOUNT = ("deficit", "service")
+
+
 def test_the_queue_shows_who_waits_for_what_and_names_few_tenants(metrics, registry):
     queue = Queue("fair", Accounts(1000.0), 8)
     for n in range(100):
@@ -275,6 +278,23 @@ def test_the_queue_shows_who_waits_for_what_and_names_few_tenants(metrics, regis
     seen = samples(registry)
     assert seen["kvshare_oldest_wait_seconds", ()] == 0
     assert {v for k, v in seen.items() if k[0] == "kvshare_waiting_requests"} == {0.0}
+
+
+@pytest.mark.parametrize("multiprocess", [False, True])
+def test_an_account_that_was_dropped_shows_no_deficit_of_old(metrics, registry, monkeypatch, multiprocess):
+    if multiprocess:  # as under SGLang: nothing can be taken out of those files
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
+    queue, order = Queue("fair", Accounts(1000.0, unknown=1), 8), Order((), np.arange(0))
+    for number, tenant in enumerate(("first", "second")):
+        queue.add(Waiting(f"r{number}", tenant, number, 10, 10.0))
+        queue.start(f"r{number}", 400)
+        queue.finish(f"r{number}")
+        queue.accounts.refills += 1
+        metrics.queue.observe(queue, order)
+    seen = samples(registry)
+    shown = [{k[1][0]: v for k, v in seen.items() if k[0] == f"kvshare_tenant_{n}_tokens"} for n in SHOWN_ACCOUNT]
+    left = {"first": 0} if multiprocess else {}
+    assert shown == [{"second": 600, **left}, {"second": 400, **left}]
 
 
 def test_rounds_are_counted_by_what_they_have_grown(metrics, registry):

@@ -98,3 +98,49 @@ def test_missing_text_is_what_no_donor_has_before_a_position(world):
     left = world.peek.missing(waiting, 1200)
     assert 0 < len(left) < len(waiting.texts) and left == waiting.texts[-len(left) :]
     assert world.peek.missing(waiting, 500) == []
+
+
+def test_the_exact_prefix_is_asked_again_though_no_other_text_is_known(world):
+    waiting, anywhere = prompt("r", text(1)), np.concatenate((text(2, 50), text(1)))
+    at = bytes(waiting.key.token_ids)
+    world.pipeline.publish("donor", HERE, anywhere)
+    world.peek.add(waiting)
+    assert dict(world.peek.updates())["r"].exact == 0
+    world.tree.exact[at] = 550  # somebody has computed this very prompt
+    world.pipeline.publish("that one", HERE, text(3))
+    found = dict(world.peek.updates())["r"]
+    assert (found.exact, found.work) == (550, pytest.approx(50, abs=40)), "the price of copies falls away, too"
+    del world.tree.exact[at]  # and now it is evicted, which the index does not know
+    world.pipeline.publish("another", HERE, text(4))
+    assert dict(world.peek.updates())["r"].exact == 0
+
+
+def test_a_prompt_too_short_for_a_fingerprint_learns_that_it_is_cached(world):
+    waiting = prompt("r", text(1, 12))
+    world.peek.add(waiting)
+    assert dict(world.peek.updates())["r"].work == 12
+    world.tree.exact[bytes(waiting.key.token_ids)] = 11
+    world.pipeline.publish("donor", HERE, text(3))
+    assert dict(world.peek.updates())["r"].work == 1
+
+
+def test_a_tenant_that_is_turned_off_costs_its_full_price(world, monkeypatch):
+    world.pipeline.publish("donor", HERE, text(1))
+    world.peek.add(prompt("r", np.concatenate((text(2, 50), text(1)))))
+    assert dict(world.peek.updates())["r"].reused > 0
+    monkeypatch.setattr(world.pipeline.auditor, "refuses", lambda namespace: True)
+    world.pipeline.publish("other", HERE, text(3))
+    assert dict(world.peek.updates())["r"].work == 650
+
+
+def test_who_leaves_does_not_keep_others_from_being_looked_at(world, monkeypatch):
+    monkeypatch.setattr(peek, "_AGAIN", 3)
+    for n in range(10):
+        world.peek.add(prompt(f"r{n}", text(1, 500)))
+    list(world.peek.updates())
+    world.pipeline.publish("donor", HERE, text(1))
+    first = [rid for rid, _ in world.peek.updates()]
+    for rid in first:
+        world.peek.remove(rid)
+    rest = [rid for _ in range(3) for rid, _ in world.peek.updates()]
+    assert len(first) == 3 and sorted(first + rest) == [f"r{n}" for n in range(10)]

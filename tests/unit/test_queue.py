@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvshare_sched.scheduling.duplicates import Texts
-from kvshare_sched.scheduling.fairness import Accounts
+from kvshare_sched.scheduling.fairness import HELD, Accounts
 from kvshare_sched.scheduling.order import KEYS, Waiting
 from kvshare_sched.scheduling.queue import LIMIT, Queue
 
@@ -40,8 +40,8 @@ def test_everybody_is_in_the_order_once(policy):
     for n in range(0, 700, 3):
         q.remove(f"r{n}")
     order = q.order()
-    assert sorted(q.rids[row] for row in order.rows) == sorted(f"r{n}" for n in range(700) if n % 3)
-    assert tuple(q.rids[row] for row in order.rows)[: len(order.ready)] == order.ready
+    assert sorted(q.table.rids[row] for row in order.rows) == sorted(f"r{n}" for n in range(700) if n % 3)
+    assert tuple(q.table.rids[row] for row in order.rows)[: len(order.ready)] == order.ready
     assert len(order.ready) <= LIMIT or policy != "fair"
 
 
@@ -157,6 +157,29 @@ def test_duplicates_wait_until_the_first_is_through():
     assert q.order().ready[0] == "second"
 
 
+def test_a_flood_over_one_text_is_not_walked_to_its_end_in_every_pass_and_stops_no_other_tenant(monkeypatch):
+    q = queue(quantum=1e9)
+    doc = Texts(tuple((("doc", n), 100) for n in range(10)), 10)
+    for n in range(2000):
+        add(q, f"same{n:04}", "flood", work=1000, texts=doc)
+    add(q, "other", work=5000)
+    asked, holds = [], q.duplicates.holds
+    monkeypatch.setattr(q.duplicates, "holds", lambda rid, *rest: asked.append(rid) or holds(rid, *rest))
+    order = q.order()
+    assert len(order.ready) == 2 and order.ready[1] == "other" and len(order.rows) == 2001
+    assert order.held == HELD and len(asked) == HELD + 2
+
+
+def test_a_text_that_becomes_known_at_the_same_price_changes_who_waits_for_whom():
+    q = queue()
+    doc = Texts(tuple((("doc", n), 100) for n in range(10)), 10)
+    for rid in ("first", "second"):
+        add(q, rid, work=1000, texts=doc)
+    assert q.order().ready == ("first",)
+    q.revise("second", work=1000, exact=0, reused=0, texts=Texts())
+    assert q.order().ready == ("first", "second")
+
+
 def test_what_ran_is_charged_and_a_retraction_gives_the_prompt_back_but_not_the_output():
     q = queue(quantum=1000)
     add(q, "a", "t", work=300)
@@ -254,4 +277,4 @@ def test_who_computes_a_text_for_many_comes_before_a_cheaper_one_that_helps_nobo
     q.start("giver", 1000)
     for n in range(4):
         q.remove(f"taker{n}")
-    assert q.order().ready == ("alone",) and not q._wanted._count
+    assert q.order().ready == ("alone",) and not q.table._wanted._count

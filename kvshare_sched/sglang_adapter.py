@@ -54,6 +54,7 @@ def takes_part(req) -> bool:
         or req.return_hidden_states
         or req.return_pooled_hidden_states
         or req.skip_radix_cache_insert
+        or req.beam_group is not None  # its output ids hold places, not what was answered
     )
 
 

@@ -75,6 +75,8 @@ def _text(name: str, value) -> str | None:
 
 def _priority(asked: int | None, ceiling: int, sign: int) -> int | None:
     """The asked priority, 0 when none is, at most as urgent as the ceiling."""
+    if asked is not None and type(asked) is not int:  # one path of SGLang checks no types, and NaN is below no ceiling
+        raise ValueError("priority must be a whole number")
     return sign * min(sign * (asked or 0), sign * ceiling) if sign else asked
 
 
@@ -97,6 +99,8 @@ def _stamped(params, text: str, more: Mapping[str, object]) -> dict:
         raise ValueError("sampling_params and its custom_params must be objects")
     if type(samples := params.get("n", 1)) is not int or samples < 1:
         raise ValueError("n in sampling_params must be a whole number from 1")
+    if params.get("beam_width") not in (None, 1):
+        raise ValueError("beam_width is not available with tenants: beams would run uncounted; ask for n answers")
     return {**params, "custom_params": {**custom, **more, STAMP_KEY: text}}
 
 

@@ -47,6 +47,7 @@ class Req:
         self.prefix_len, self.done = 0, False
         self.input_embeds = self.multimodal_inputs = self.positional_embed_overrides = self.session = None
         self.return_hidden_states = self.return_pooled_hidden_states = self.skip_radix_cache_insert = False
+        self.beam_group = None
         self.extend_end = len(self.origin_input_ids)
         self.extend_len = self.extend_end
 

@@ -190,6 +190,21 @@ def test_salts_of_one_tenant_divide_it_without_collisions():
     assert len({stamped(extra_key=k, cache_salt=s).cache_salt for k, s in pairs}) == len(pairs)
 
 
+@pytest.mark.parametrize("params", [{"beam_width": 8}, [{}, {"beam_width": 2}], {"beam_width": "2"}])
+def test_beams_would_run_uncounted_and_are_refused(params):
+    with pytest.raises(ValueError, match="beam_width"):
+        stamped(text="x", sampling_params=params)
+    for width in (None, 1):
+        stamped(text="x", sampling_params={"beam_width": width})
+
+
+@pytest.mark.parametrize("asked", [float("nan"), 1.5, "9", [9], True])
+def test_a_priority_that_is_no_number_is_refused(asked):
+    with pytest.raises(ValueError, match="priority"):
+        stamped(text="x", priority=asked)
+    assert stamped(text="x", priority=3).priority == 3
+
+
 def test_strangers_share_with_nobody_not_even_with_themselves():
     tenants = parse(FILE, "f")
 

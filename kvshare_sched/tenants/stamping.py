@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 
-from kvshare_sched.tenants.file import ANONYMOUS, Tenants
+from kvshare_sched.tenants.file import Tenants
 from kvshare_sched.tenants.gate import SEAL_KEY, seal_of
 from kvshare_sched.tenants.identity import SERVER, Caller
 from kvshare_sched.tenants.namespaces import TENANT, name_of, owner_of, within
@@ -31,7 +31,7 @@ def stamp_request(obj, caller: Caller, tenants: Tenants, mark: str, flight: int,
     if tenant != SERVER:  # health checks have ids that the scheduler knows
         obj.rid = None  # a chosen one could meet another tenant's, and tell that it runs
     obj.cache_salt = _salts(obj)
-    if tenant.name == ANONYMOUS:  # may be anybody: shares with nobody, not with itself either
+    if not caller.known:  # may be anybody: shares with nobody, not with itself either
         many = isinstance(obj.cache_salt, list)
         obj.cache_salt = [secrets.token_hex(16) for _ in obj.cache_salt] if many else secrets.token_hex(16)
     obj.extra_key = extra_key = name_of(mark, TENANT, tenant.name)

@@ -11,7 +11,7 @@ import pytest
 from kvshare_sched.tenants import hooks
 from kvshare_sched.tenants.edge import Edge, Middleware, caller_here
 from kvshare_sched.tenants.file import parse
-from kvshare_sched.tenants.identity import SERVER, Caller, hash_of
+from kvshare_sched.tenants.identity import SERVER, Caller, hash_of, identify
 from kvshare_sched.tenants.namespaces import name_of, owner_of
 from kvshare_sched.tenants.policy import read, stamp_of
 from kvshare_sched.tenants.quotas import Flights, OverQuota
@@ -219,6 +219,12 @@ def test_strangers_share_with_nobody_not_even_with_themselves():
     assert salts("acme", cache_salt="s") == salts("acme", cache_salt="s"), (
         "the control: a tenant does share with itself"
     )
+    server = [body(text="x"), body(text="x")]
+    for obj in server:
+        stamp_request(obj, Caller(SERVER), tenants, "mark", 7)
+    assert server[0].cache_salt != server[1].cache_salt, (
+        "whoever comes by a path of `operators.open` may be anybody, too"
+    )
     assert stamp_of(tenants.anonymous, tenants, "mark", 0).donor_tokens == 0, "so nothing of them is worth keeping"
 
 
@@ -370,7 +376,7 @@ def test_a_handler_that_takes_one_answer_and_no_more_gives_the_count_back(desk):
 
     async def once():
         answers = hooks.generate_request(original, None, body(text="x"))
-        caller_here.set(Caller(desk.tenants().tenants["acme"]))
+        caller_here.set(identify([KEY], desk.tenants()))
         assert await anext(answers) == "answer" and not desk.flights.requests
         answers = hooks.generate_request(original, None, body(text="x", stream=True))
         assert await anext(answers) == "answer" and desk.flights.requests == {"acme": 1}
@@ -403,14 +409,17 @@ def test_a_body_that_comes_late_has_the_rights_of_now(desk):
         caller_here.set(caller)
         return [answer async for answer in hooks.generate_request(original, None, body(text="x"))]
 
-    before, stranger = (Caller(tenant) for tenant in (desk.tenants().tenants["acme"], desk.tenants().anonymous))
+    before, stranger = identify([KEY], desk.tenants()), identify([], desk.tenants())
     desk._file.current = parse(FILE.replace('groups = ["handbook"]', ""), "f")
     hooks._edge = desk
     try:
         assert asyncio.run(once(before))[0].lenders == ()
+        desk._file.current = parse(FILE.replace(hash_of("acme-key"), hash_of("another")), "f")
+        with pytest.raises(ValueError, match="API key"):
+            asyncio.run(once(before))  # the tenant is still there, its key was taken back
         desk._file.current = parse('unknown = "reject"', "f")
         for caller in (before, stranger):
-            with pytest.raises(ValueError, match="no longer served"):
+            with pytest.raises(ValueError, match="API key"):
                 asyncio.run(once(caller))
         assert asyncio.run(once(Caller(SERVER)))[0].tenant == "(server)", "the control: nothing to renew"
     finally:

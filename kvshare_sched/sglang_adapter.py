@@ -123,9 +123,11 @@ def attach_report(req, session, report, pipeline) -> None:
 
 
 def _tell(req, session, pipeline, report) -> None:
-    """The report is known: to the client with the answer, to the pages, and to SGLang's trace of the request."""
+    """The report is known: to the client with the answer, to the pages, and to SGLang's trace of the request, which the
+    client may have begun."""
     attach_report(req, session, report, pipeline)
-    tracing.mark(req, report)
+    if not session.hidden:
+        tracing.mark(req, report)
 
 
 def _details(req, session, index) -> dict | None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tenants_lending import COSTS, LIBRARY, MARK, TENANTS, World, prompt, space
 
-from kvshare_sched import client_report, recent
+from kvshare_sched import client_report, recent, sglang_adapter
 from kvshare_sched.sglang_adapter import attach_report
 from kvshare_sched.tenants import hooks
 from kvshare_sched.tenants.desk import lenders_of
@@ -61,6 +61,18 @@ def test_the_client_gets_no_report_and_nobody_a_page(monkeypatch):
         client_report.update_request_meta_info(lambda *a: None, None, meta, state, info, 0, None)
         assert ("kvshare" in meta) == reported == bool(recent.requests.find("r"))
         assert (getattr(state, DELAY, 0.0) > 0) != reported
+
+
+def test_a_trace_that_the_client_may_have_begun_tells_nothing_of_a_hidden_request(monkeypatch):
+    marked = []
+    monkeypatch.setattr(sglang_adapter.tracing, "mark", lambda req, report: marked.append(report.reused))
+    world = World()
+    world.donate(LIBRARY, 1)
+    for stamp, expected in ((HIDDEN, []), (OPEN, [600])):
+        session, _ = admitted(world, stamp, prompt(1))
+        req = SimpleNamespace(customized_info={"kvshare": []})
+        sglang_adapter._tell(req, session, world.pipeline, session.report(COSTS))
+        assert marked == expected
 
 
 @given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 20))

@@ -139,7 +139,7 @@ class SegmentIndex:
             mine = [donor.id for donor in self.donors.values() if donor.owner == owner]
             self._leave("quota", mine, lambda: limit.exceeded(self.owned[owner], self.entered[owner]))
         if self.tokens > self.capacity:
-            order = victims([(donor.id, donor.owner) for donor in self.donors.values()], self._covered)
+            order = victims([(donor.id, donor.owner) for donor in self.donors.values()], self.covered)
             self._leave("limit", order, lambda: self.tokens > self.capacity and len(self.donors) > 1)
 
     def _leave(self, reason: str, order: Iterable[int], too_many: Callable[[], bool]) -> None:
@@ -148,14 +148,6 @@ class SegmentIndex:
                 return
             self.remove(donor_id)
             self.left[reason] += 1
-
-    def _covered(self, owner: str) -> frozenset[int]:
-        """Donors that the owner's guarantee covers."""
-        limit = self.limits.get(owner)
-        if limit is None or not limit.guaranteed:
-            return frozenset()
-        newest = ((donor.id, len(donor.tokens)) for donor in reversed(self.donors.values()) if donor.owner == owner)
-        return frozenset(to_hold(newest, limit.guaranteed))
 
     def _count(self, donor: Donor, tokens: int = 0, entries: int = 0) -> None:
         self.tokens += tokens
@@ -254,6 +246,14 @@ class SegmentIndex:
             self.donors.move_to_end(donor_id)
 
     # ---- questions ----
+
+    def covered(self, owner: str) -> dict[int, int]:
+        """Donors that the owner's guarantee covers, by id: their tokens. Most recently used first."""
+        limit = self.limits.get(owner)
+        if limit is None or not limit.guaranteed:
+            return {}
+        newest = ((donor.id, len(donor.tokens)) for donor in reversed(self.donors.values()) if donor.owner == owner)
+        return to_hold(newest, limit.guaranteed)
 
     def hits(
         self, namespace: Namespace, tokens: np.ndarray, start: int = 0, lenders: Sequence[Namespace] = ()

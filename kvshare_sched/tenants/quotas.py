@@ -108,13 +108,13 @@ def victims(donors: Iterable[tuple[int, str]], covered: Callable[[str], Containe
     yield from held
 
 
-def to_hold(donors: Iterable[tuple[int, int]], guaranteed: int) -> list[int]:
-    """Which of an owner's donors a guarantee of so many tokens covers, ids; whole ones only. They stay in the index and
-    pinned in the tree. donors: (id, tokens), most recently used first.
+def to_hold(donors: Iterable[tuple[int, int]], guaranteed: int) -> dict[int, int]:
+    """Which of an owner's donors a guarantee of so many tokens covers; whole ones only. They stay in the index and
+    pinned in the tree. donors: (id, tokens), most recently used first; returned in that order.
     """
-    held, left = [], guaranteed
+    held, left = {}, guaranteed
     for donor_id, tokens in donors:
         if 0 < tokens <= left:
-            held.append(donor_id)
+            held[donor_id] = tokens
             left -= tokens
     return held

@@ -571,7 +571,7 @@ def test_a_flush_forgets_the_pins_with_the_tree(world):
 def test_whoever_leaves_first_is_beyond_its_guarantee_if_anybody_is(donors, floors):
     rows = [(i, str(owner)) for i, (owner, _) in enumerate(donors)]
 
-    def covered(owner: str) -> list[int]:
+    def covered(owner: str) -> dict[int, int]:
         mine = [(i, donors[i][1]) for i, whose in reversed(rows) if whose == owner]
         return to_hold(mine, floors[int(owner)])
 
@@ -585,7 +585,7 @@ def test_whoever_leaves_first_is_beyond_its_guarantee_if_anybody_is(donors, floo
 def test_pins_stay_within_the_guarantee(lengths, guaranteed):
     held = to_hold(enumerate(lengths), guaranteed)
     assert sum(lengths[i] for i in held) <= guaranteed
-    assert not lengths or not 0 < lengths[0] <= guaranteed or held[0] == 0, "the most recent first"
+    assert not lengths or not 0 < lengths[0] <= guaranteed or next(iter(held)) == 0, "the most recent first"
 
 
 @pytest.mark.parametrize("bad", ["acme", "globex"])

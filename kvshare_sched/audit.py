@@ -10,7 +10,7 @@ only, and rank 0's measurement is every rank's, so all tensor-parallel ranks aud
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -171,11 +171,16 @@ class Auditor:
             return
         capture.rows = [(ids.cpu(), log_q.cpu()) for ids, log_q in capture.rows[:count]]
         if len(self.queue) >= _QUEUE:
-            self.queue.popleft()
-            self._count("dropped", "queue_full")
+            self._drop_one()
         self._number += 1
         tokens = [*prompt, *answer[:count]]
         self.queue.append(Audit(f"kvshare-audit-{self._number}", namespace, tokens, capture))
+
+    def _drop_one(self) -> None:
+        """The oldest of whoever has most: a tenant that floods the engine leaves the others their audits."""
+        [(busiest, _)] = Counter(audit.capture.tenant for audit in self.queue).most_common(1)
+        del self.queue[next(i for i, audit in enumerate(self.queue) if audit.capture.tenant == busiest)]
+        self._count("dropped", "queue_full")
 
     # ---- the reference ----
 

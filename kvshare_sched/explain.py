@@ -21,7 +21,7 @@ WHY = {
     Reason.NO_MATCH: "no earlier prompt of this namespace holds a run of it (KVSHARE_MIN_RUN), or it has been evicted",
     Reason.NOT_WORTH: "copying and recomputing would have cost more than plain prefill, by the cost model",
     Reason.PROMPT_LOGPROBS: "the client wants log-probabilities of the rows that could have been reused",
-    Reason.UNSUPPORTED_INPUT: "embeddings, images, hidden states and sessions take no part",
+    Reason.UNSUPPORTED_INPUT: "embeddings, images, hidden states, sessions and beam search take no part",
     Reason.QUALITY: "answers of this tenant missed the quality target; it is tried again by and by",
     Reason.RETRACTED: "SGLang took its memory back once; it ran again as ordinary prefill",
     Reason.NO_MEMORY: "with its donors pinned the request did not fit into the KV pool",

@@ -158,6 +158,7 @@ class Pipeline:
     def repaired(self, session: Session, positions: np.ndarray, seconds: float) -> None:
         """A decode step has computed these prompt positions (int64, ascending) again; `seconds` to prepare it."""
         session.repair.stale[positions] = False
+        session.repaired += len(positions)
         if session.repair.order == "fifo":  # what the walk has passed is exact and may be published
             session.approximate_from = int(positions[-1]) + 1
         if self.metrics is not None:

@@ -180,6 +180,9 @@ SEAMS = (
     Seam(f"{_CACHE}.full_evictable_size"),
     # a decode that says a given answer, for measurements
     Seam(f"{_SRT}.sampling.custom_logit_processor.CustomLogitProcessor.__call__", ("logits", "custom_param_list")),
+    # beam search: takes no part, and is refused with tenants
+    Seam(f"{_SRT}.beam_search.coordinator.BeamCoordinator.validate_and_init", ("req", "recv_req")),
+    Seam(f"{_SRT}.managers.io_struct.GenerateReqInput._sampling_params_beam_width"),
     # who is asking
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request", ("self", "obj", "request")),
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._stream_one_response", ("obj", "state", "request")),

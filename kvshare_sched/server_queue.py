@@ -30,8 +30,10 @@ _LOG_EVERY = 1000  # failures
 class _Running:
     req: object
     charged: int  # output tokens
+    session: object  # its `session.Session`, or None
     prompt: Prompt | None  # while others may wait for its text
     until: int  # its text before this position enters the tree
+    repaired: int = 0  # prompt tokens computed again while decoding, charged
 
 
 class ServerQueue:
@@ -255,7 +257,7 @@ class ServerQueue:
         session = self._pipeline.sessions.get(req.rid)
         plan = session.plan if session is not None else None
         until = plan.approximate_from if plan is not None else len(req.full_untruncated_fill_ids)
-        run = self._running[req.rid] = _Running(req, len(req.output_ids), prompt, until)
+        run = self._running[req.rid] = _Running(req, len(req.output_ids), session, prompt, until)
         hidden = req.prefix_len if session is not None and session.hidden else 0  # it pays for what it found, too
         self.queue.start(req.rid, hidden + self._work(req))
         if prompt is not None:
@@ -293,6 +295,10 @@ class ServerQueue:
         if new := len(run.req.output_ids) - run.charged:
             self.queue.generated(run.req.rid, new)
             run.charged += new
+        session = run.session
+        if session is not None and not session.hidden and (new := session.repaired - run.repaired):
+            self.queue.charge(run.req.rid, new)
+            run.repaired += new
 
     def _tell(self, result: str, seconds: float = 0.0, order: Order | None = None) -> None:
         """Metrics, on one rank only: they must change nothing."""

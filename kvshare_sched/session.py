@@ -40,6 +40,7 @@ class Session:
     leases: dict[int, DonorLease] = field(default_factory=dict)
     done_upto: int = 0  # prompt tokens whose chunk has run
     recomputed: int = 0
+    repaired: int = 0  # rows computed again while decoding
     cells: int = 0
     copy_s: float = 0.0
     recompute_s: float = 0.0

@@ -219,7 +219,7 @@ class Reason(StrEnum):
     NO_MATCH = "no_match"
     NOT_WORTH = "not_worth"  # the cost model predicts no gain
     PROMPT_LOGPROBS = "prompt_logprobs"  # rows the client asks for cover everything that could be reused
-    UNSUPPORTED_INPUT = "unsupported_input"  # embeddings, images, hidden states, sessions
+    UNSUPPORTED_INPUT = "unsupported_input"  # embeddings, images, hidden states, sessions, beams
     QUALITY = "quality"  # reuse is off for this tenant until it holds its target
     RETRACTED = "retracted"  # re-admitted after a retraction
     NO_MEMORY = "no_memory"  # with its donors pinned the request does not fit

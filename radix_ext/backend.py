@@ -9,7 +9,8 @@ from __future__ import annotations
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from kvshare_sched.sglang_adapter import namespace_of, tokens_of, wire
+from kvshare_sched.sglang_adapter import namespace_of, tokens_of
+from kvshare_sched.wiring import wire
 
 
 class KVShareRadixCache(UnifiedRadixCache):

@@ -8,13 +8,15 @@ heading between two passages that the donor holds in the same order).
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from kvshare_sched.types import Segment
+from radix_ext.segment_index import common_prefix
 
 _MAX_DIAGONALS = 64  # (donor, offset) pairs examined in full: keeps a lookup linear in the prompt
 _MAX_GAP = 64  # tokens between two runs of a donor that still count as one left context
@@ -55,29 +57,34 @@ def find_segments(
             if b - a >= min_run:
                 taken[a - start : b - start] = True
                 segments.append(replace(run, context=context[run]).clip(a, b))
-    chosen = (
-        replace(s, others=_others(s, order, context, donor_tokens, min_run)[: donors - 1]) if donors > 1 else s
-        for s in segments
-    )
-    return tuple(sorted(chosen, key=lambda s: s.start))
+    if donors > 1:
+        others = _others(segments, order, context, donor_tokens, min_run)
+        segments = [replace(s, others=found[: donors - 1]) for s, found in zip(segments, others, strict=True)]
+    return tuple(sorted(segments, key=lambda s: s.start))
 
 
-def _others(segment: Segment, order, context, donor_tokens, min_run: int) -> tuple[Segment, ...]:
-    """Other donors of a segment's text, each for at least `min_run` of its tokens; the widest first, then by context.
+def _others(segments, order, context, donor_tokens, min_run: int) -> Iterator[tuple[Segment, ...]]:
+    """For each segment the other donors of its text, each for at least `min_run` of its tokens; the widest first, then
+    by context.
 
     A donor that is another name for the same path of the tree (the next turn of a conversation) is none.
     """
-    found: dict[int, Segment] = {}
-    for run in order:
-        part = replace(run, context=context[run]).clip(segment.start, segment.end)
-        if part is None or part.length < min_run or run.donor_id == segment.donor_id or run.donor_id in found:
-            continue
-        if part.shift == segment.shift:
-            ours, theirs = donor_tokens(segment.donor_id), donor_tokens(run.donor_id)
-            if np.array_equal(ours[: part.donor_end], theirs[: part.donor_end]):
+    starts, ends = np.array([run.start for run in order]), np.array([run.end for run in order])
+
+    @functools.cache
+    def same_path(one: int, other: int) -> int:
+        return common_prefix(donor_tokens(one), donor_tokens(other))
+
+    for segment in segments:
+        found: dict[int, Segment] = {}
+        common = np.minimum(ends, segment.end) - np.maximum(starts, segment.start)
+        for run in (order[i] for i in np.flatnonzero(common >= min_run).tolist()):
+            if run.donor_id == segment.donor_id or run.donor_id in found:
                 continue
-        found[run.donor_id] = part
-    return tuple(sorted(found.values(), key=lambda part: -part.length))
+            part = replace(run, context=context[run]).clip(segment.start, segment.end)
+            if part.shift != segment.shift or same_path(segment.donor_id, run.donor_id) < part.donor_end:
+                found[run.donor_id] = part
+        yield tuple(sorted(found.values(), key=lambda part: -part.length))
 
 
 def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:
@@ -96,10 +103,12 @@ def _maximal_runs(tokens, hits, donor_tokens, start, end) -> list[Segment]:
         edges = np.flatnonzero(np.diff(np.concatenate(([0], equal.view(np.int8), [0]))))
         starts, stops = edges[::2] + low, edges[1::2] + low
         # Keep the runs that a hit points into; the equality above is what makes them true.
-        which = np.searchsorted(starts, by_diagonal[donor_id, offset], side="right") - 1
-        for i in np.unique(which[which >= 0]).tolist():
+        hit = np.array(by_diagonal[donor_id, offset])
+        which = np.searchsorted(starts, hit, side="right") - 1
+        hit, which = hit[which >= 0], which[which >= 0]
+        for i in np.unique(which[hit < stops[which]]).tolist():
             a, b = int(starts[i]), int(stops[i])
-            if b > start and any(a <= p < b for p in by_diagonal[donor_id, offset]):
+            if b > start:
                 runs.append(Segment(donor_id, a + offset, a, b - a))
         # What agrees before `start` lends nothing, but it is left context.
         before = np.flatnonzero((stops <= start) & (stops - starts >= _CONTEXT_RUN))

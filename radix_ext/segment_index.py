@@ -11,13 +11,13 @@ ids: 4 bytes of token id and 0.11 fingerprints). Text chosen for it can have a f
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from kvshare_sched.tenants.namespaces import owner_of
-from kvshare_sched.tenants.quotas import DonorLimits, to_hold, victim
+from kvshare_sched.tenants.quotas import DonorLimits, to_hold, victims
 from kvshare_sched.types import Namespace
 from radix_ext.hashing import window_hashes, winnow
 
@@ -44,9 +44,10 @@ class Donor:
 class _Table:
     """Fingerprint -> row of up to OCCURRENCES places, packed as donor id << 32 | position."""
 
-    __slots__ = ("row_of", "places", "free", "hash_of")
+    __slots__ = ("row_of", "places", "free", "hash_of", "donors")
 
     def __init__(self):
+        self.donors = 0  # of the namespace; the last one takes the table along
         self.row_of: dict[int, int] = {}
         self.places: list[list[int]] = []
         self.hash_of: list[int] = []
@@ -119,6 +120,7 @@ class SegmentIndex:
             donor = Donor(self._next_id, namespace, np.empty(0, np.int32))
             self._next_id += 1
             self.donors[donor.id] = donor
+            self._tables.setdefault(namespace, _Table()).donors += 1
         self._count(donor, len(tokens) - len(donor.tokens))
         donor.tokens = np.asarray(tokens, dtype=np.int32).copy()
         self._fingerprint(donor)
@@ -131,25 +133,21 @@ class SegmentIndex:
         return donor.id if donor.id in self.donors else None
 
     def _make_room(self, owner: str) -> None:
+        """One walk over the donors for each limit, however many must leave: the scheduler waits for it."""
         limit = self.limits.get(owner)
-        while limit is not None and limit.exceeded(self.owned[owner], self.entered[owner]):
-            self.remove(victim(self._by_age(), self._covered, owner))
-            self.left["quota"] += 1
-        while self.tokens > self.capacity and len(self.donors) > 1:
-            self.remove(victim(self._by_age(), self._covered))
-            self.left["limit"] += 1
+        if limit is not None and limit.exceeded(self.owned[owner], self.entered[owner]):
+            mine = [donor.id for donor in self.donors.values() if donor.owner == owner]
+            self._leave("quota", mine, lambda: limit.exceeded(self.owned[owner], self.entered[owner]))
+        if self.tokens > self.capacity:
+            order = victims([(donor.id, donor.owner) for donor in self.donors.values()], self.covered)
+            self._leave("limit", order, lambda: self.tokens > self.capacity and len(self.donors) > 1)
 
-    def _by_age(self):
-        """(id, owner), least recently used first."""
-        return ((donor.id, donor.owner) for donor in self.donors.values())
-
-    def _covered(self, owner: str) -> frozenset[int]:
-        """Donors that the owner's guarantee covers."""
-        limit = self.limits.get(owner)
-        if limit is None or not limit.guaranteed:
-            return frozenset()
-        newest = ((donor.id, len(donor.tokens)) for donor in reversed(self.donors.values()) if donor.owner == owner)
-        return frozenset(to_hold(newest, limit.guaranteed))
+    def _leave(self, reason: str, order: Iterable[int], too_many: Callable[[], bool]) -> None:
+        for donor_id in order:
+            if not too_many():
+                return
+            self.remove(donor_id)
+            self.left[reason] += 1
 
     def _count(self, donor: Donor, tokens: int = 0, entries: int = 0) -> None:
         self.tokens += tokens
@@ -167,7 +165,7 @@ class SegmentIndex:
             return  # no new window
         kept = winnow(found, self.span)
         hashes = found[kept].tolist()
-        table = self._tables.setdefault(donor.namespace, _Table())
+        table = self._tables[donor.namespace]
         seen = {position for _, position in donor.places[-2 * self.span :]}
         shared: dict[int, int] = {}  # other donor -> length of the common beginning
         entries = 0
@@ -223,13 +221,12 @@ class SegmentIndex:
         donor = self.donors.pop(donor_id, None)
         if donor is None:
             return
-        table = self._tables.get(donor.namespace)
-        if table is not None:
-            for row, position in donor.places:
-                self._count(donor, entries=-table.remove(row, donor.id << 32 | position))
-            # A donor whose places were all displaced still names rows: the table stays until it leaves.
-            if not table.row_of and all(d.namespace != donor.namespace for d in self.donors.values()):
-                del self._tables[donor.namespace]
+        table = self._tables[donor.namespace]
+        for row, position in donor.places:
+            self._count(donor, entries=-table.remove(row, donor.id << 32 | position))
+        table.donors -= 1
+        if not table.donors:
+            del self._tables[donor.namespace]
         self._count(donor, tokens=-len(donor.tokens))
         self.generation += 1
 
@@ -249,6 +246,14 @@ class SegmentIndex:
             self.donors.move_to_end(donor_id)
 
     # ---- questions ----
+
+    def covered(self, owner: str) -> dict[int, int]:
+        """Donors that the owner's guarantee covers, by id: their tokens. Most recently used first."""
+        limit = self.limits.get(owner)
+        if limit is None or not limit.guaranteed:
+            return {}
+        newest = ((donor.id, len(donor.tokens)) for donor in reversed(self.donors.values()) if donor.owner == owner)
+        return to_hold(newest, limit.guaranteed)
 
     def hits(
         self, namespace: Namespace, tokens: np.ndarray, start: int = 0, lenders: Sequence[Namespace] = ()
@@ -308,6 +313,7 @@ class SegmentIndex:
             assert not positions or positions[-1] + self.window <= len(donor.tokens)
         assert self._tables.keys() == {d.namespace for d in self.donors.values()}
         for namespace, table in self._tables.items():
+            assert table.donors == sum(donor.namespace == namespace for donor in self.donors.values())
             assert len(table.row_of) + len(table.free) == len(table.places)
             for fingerprint, row in table.row_of.items():
                 assert 0 < len(table.places[row]) <= OCCURRENCES

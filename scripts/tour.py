@@ -11,15 +11,18 @@ answers report and those on /metrics differ, or a panel of a board stayed empty.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import requests
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dashboards"))
 import local_prometheus
@@ -27,7 +30,6 @@ import render
 from generate import HERE, boards
 
 from kvshare_sched import model, server
-from kvshare_sched.client import Client
 from kvshare_sched.demo import prompt_of
 from kvshare_sched.evaluation import texts
 from kvshare_sched.evaluation.report import made_with
@@ -52,17 +54,15 @@ def tenants_file() -> str:
 class Visitor:
     """One tenant: asks about passages of the library and of its own, in ever other orders."""
 
-    def __init__(self, url: str, name: str, passages: list[str]):
-        self.url, self.name, self.passages = url, name, passages
+    def __init__(self, url: str, name: str, passages: list[str], encode: Callable[[str], list[int]]):
+        self.url, self.name, self.passages, self.encode = url, name, passages, encode
         self.headers = {"Authorization": f"Bearer {name}"}
 
     def ask(self, number: int) -> dict | None:
         """What was sent and reported, in prompt tokens; None when a quota refused it."""
         draw = random.Random(f"{self.name} {number}")
         prompt = prompt_of(f"You work for {self.name}.", draw.sample(self.passages, 3), f"Question {number}?")
-        client = Client(self.url)
-        client._http.headers.update(self.headers)
-        ids = client.tokenize(prompt)
+        ids = self.encode(prompt)
         reuse = "off" if number % 10 == 9 else {"repair_rows": 2} if number % 5 == 3 else {}
         sampling = {"temperature": 0, "max_new_tokens": draw.choice([4, 8, 24]), "custom_params": {"kvshare": reuse}}
         body = {"input_ids": ids, "sampling_params": sampling}
@@ -98,6 +98,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300)
     options = parser.parse_args()
+    encode = functools.partial(AutoTokenizer.from_pretrained(model.prepare()).encode, add_special_tokens=False)
     passages = [" ".join(p) for p in texts.library()]
     shared, rest = passages[:SHARED], iter(passages[SHARED:])
     with tempfile.TemporaryDirectory(prefix="kvshare-tour-") as folder:
@@ -107,7 +108,7 @@ def main() -> int:
         arguments = server.fill_defaults(["--model-path", str(model.prepare()), *server.SMALL_POOL])
         with server.running(arguments, env=environment, log=Path("out/tour-server.log")) as url:
             visitors = [
-                Visitor(url, name, [next(rest) for _ in range(OWN)] + shared * ("handbook" in given))
+                Visitor(url, name, [next(rest) for _ in range(OWN)] + shared * ("handbook" in given), encode)
                 for name, given in TENANTS.items()
             ]
             target, began = url.removeprefix("http://"), time.time()

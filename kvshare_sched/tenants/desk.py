@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kvshare_sched.tenants.log import BorrowLog, Source, loans
 from kvshare_sched.tenants.policy import OWN, Stamp
-from kvshare_sched.tenants.quotas import DonorLimits, to_hold
+from kvshare_sched.tenants.quotas import DonorLimits
 from kvshare_sched.types import Namespace, Segment
 
 _KNOWN = 65_536  # documents whose donors are remembered; more are kept as long as the tree likes
@@ -23,7 +23,7 @@ def lenders_of(stamp: Stamp | None, own: Namespace) -> tuple[Namespace, ...]:
 
 
 class Desk:
-    """One per pipeline. `limits` is what the index reads when something must leave."""
+    """One per pipeline. `limits` is what the index reads of guarantees and when something must leave."""
 
     def __init__(self, log: BorrowLog | None = None):
         """log: of rank 0 only."""
@@ -68,28 +68,18 @@ class Desk:
 
     def published(self, owner: str, index, tree) -> None:
         """An owner's donors have changed: pin those its guarantee covers, most recently used first."""
-        limit = self.limits.get(owner)
-        held = self._held.get(owner, {})
-        if not held and (limit is None or not limit.guaranteed):
-            return
-        donors = [donor for donor in reversed(index.donors.values()) if donor.owner == owner]
-        wanted = to_hold(((d.id, len(d.tokens)) for d in donors), limit.guaranteed if limit is not None else 0)
-        kept: dict[int, tuple[int, int]] = {}
-        for donor_id in wanted:
-            donor = index.donors[donor_id]
-            now = held.pop(donor_id, None)
-            if now is not None and now[0] == len(donor.tokens):
-                kept[donor_id] = now
+        held, wanted = self._held.setdefault(owner, {}), index.covered(owner)
+        for donor_id, length in wanted.items():
+            if donor_id in held and held[donor_id][0] == length:
                 continue
-            node = tree.hold(donor)  # before the old pin goes, so that nothing leaves in between
+            node = tree.hold(index.donors[donor_id])  # before the old pin goes, so that nothing leaves in between
+            if donor_id in held:
+                tree.let_go(held.pop(donor_id)[1])
             if node is not None:
-                kept[donor_id] = (len(donor.tokens), node)
-            if now is not None:
-                tree.let_go(now[1])
-        for _, node in held.values():
-            tree.let_go(node)
-        self._held[owner] = kept
-        if not kept:
+                held[donor_id] = (length, node)
+        for donor_id in [donor_id for donor_id in held if donor_id not in wanted]:
+            tree.let_go(held.pop(donor_id)[1])
+        if not held:
             del self._held[owner]
 
     def document(self, owner: str, name: str, donor_id: int | None) -> None:

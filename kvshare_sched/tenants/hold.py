@@ -5,8 +5,8 @@ number that tells more. In the process that talks HTTP, after the engine and bef
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import NamedTuple
 
 HOLD_KEY = "hold"  # in what the scheduler sends instead of a report
@@ -43,34 +43,38 @@ def _copy(value):
     return list(value) if isinstance(value, list) else value
 
 
-async def shifted(answers: AsyncIterator[dict], delay: Callable[[], float]) -> AsyncIterator[dict]:
+async def shifted(answers: AsyncGenerator[dict], delay: Callable[[], float]) -> AsyncGenerator[dict]:
     """The same answers, each `delay()` seconds after it came: a stream keeps its pace, nobody else waits.
 
-    delay() is asked when an answer has come. What `answers` raises is raised here in its place.
+    delay() is asked when an answer has come. What `answers` raises is raised here behind what came before it. While a
+    client does not read, one more answer is taken at most: else there would soon be as many copies of it as tokens.
     """
-    line: asyncio.Queue = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
-    async def fill() -> None:
-        problem = None
-        try:
-            async with contextlib.aclosing(answers):
-                async for answer in answers:
-                    line.put_nowait((loop.time() + delay(), without_traces(answer), None))
-        except Exception as raised:
-            problem = raised
-        line.put_nowait((0.0, None, problem))
+    async def take() -> tuple[float, dict] | None:
+        answer = await anext(answers, None)
+        return None if answer is None else (loop.time() + delay(), without_traces(answer))
 
-    filling = asyncio.create_task(fill())
+    line: deque[tuple[float, dict]] = deque()
+    coming, problem = asyncio.create_task(take()), None  # None: nothing comes any more
     try:
-        while True:
-            due, answer, problem = await line.get()
-            if problem is not None:
-                raise problem
-            if answer is None:
-                return
-            await asyncio.sleep(max(0.0, due - loop.time()))
-            yield answer
+        while line or coming is not None:
+            wait = line[0][0] - loop.time() if line else None
+            if wait is not None and wait <= 0:
+                yield line.popleft()[1]
+            elif coming is None:
+                await asyncio.sleep(wait)
+            else:
+                await asyncio.wait([coming], timeout=wait)
+                if coming.done():
+                    problem = coming.exception()
+                    found = coming.result() if problem is None else None
+                    coming = asyncio.create_task(take()) if found is not None else None
+                    line.extend([] if found is None else [found])
+        if problem is not None:
+            raise problem
     finally:
-        filling.cancel()
-        await asyncio.gather(filling, return_exceptions=True)
+        if coming is not None:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        await answers.aclose()

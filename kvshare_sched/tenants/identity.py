@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from kvshare_sched.tenants.file import ANONYMOUS, Tenant, Tenants
 
@@ -30,6 +29,7 @@ class Caller:
 
     tenant: Tenant
     operator: bool = False
+    headers: tuple[tuple[bytes, bytes], ...] = field(default=(), compare=False, repr=False)  # that say so
 
     @property
     def known(self) -> bool:
@@ -43,6 +43,12 @@ def identify(headers: Iterable[tuple[bytes, bytes]], tenants: Tenants) -> Caller
     A key decides; the gateway's header counts only beside the gateway's own key. A key nobody has is a mistake, of a
     tenant as a rule, and refused, unless the file says that strangers may bring any.
     """
+    headers = tuple(headers)
+    found = _who(headers, tenants)
+    return found if isinstance(found, Refusal) else replace(found, headers=headers)
+
+
+def _who(headers: Iterable[tuple[bytes, bytes]], tenants: Tenants) -> Caller | Refusal:
     wanted = {b"authorization": [], b"x-api-key": []}
     if tenants.gateway_header is not None:
         wanted[tenants.gateway_header.encode()] = []
@@ -56,24 +62,17 @@ def identify(headers: Iterable[tuple[bytes, bytes]], tenants: Tenants) -> Caller
     digest = _digest(keys.pop()) if keys else None
     if digest is None:
         return _stranger(tenants, named=False)
-    if _among(digest, tenants.operator_keys):
+    if digest in tenants.operator_keys:
         return Caller(OPERATORS, operator=True)
-    if _among(digest, tenants.gateway_keys):
+    if digest in tenants.gateway_keys:
         return _from_gateway(wanted[tenants.gateway_header.encode()], tenants)
-    found = None
-    for known, name in tenants.keys.items():  # all of them, whichever matches
-        if hmac.compare_digest(known, digest):
-            found = name
-    return _stranger(tenants, named=True) if found is None else Caller(tenants.tenants[found])
+    name = tenants.keys.get(digest)
+    return Caller(tenants.tenants[name]) if name is not None else _stranger(tenants, named=True)
 
 
 def renewed(caller: Caller, tenants: Tenants) -> Caller | Refusal:
-    """The same caller by the file in force now: a body may come long after the headers that named its sender."""
-    name = caller.tenant.name
-    if caller.tenant in (OPERATORS, SERVER):
-        return caller
-    tenant = tenants.anonymous if name == ANONYMOUS else tenants.tenants.get(name)
-    return Caller(tenant) if tenant is not None else Refusal(401, "this tenant is no longer served")
+    """Who the same headers name by the file in force now: a body may come long after them, its key taken back."""
+    return caller if caller.tenant == SERVER else identify(caller.headers, tenants)
 
 
 def _from_gateway(names: list[str], tenants: Tenants) -> Caller | Refusal:
@@ -98,13 +97,6 @@ def _token(authorization: str) -> str:
 
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode("latin-1")).hexdigest() if len(key) <= _LONGEST_KEY else "-"
-
-
-def _among(digest: str, known: Iterable[str]) -> bool:
-    found = False
-    for one in known:
-        found |= hmac.compare_digest(one, digest)
-    return found
 
 
 def hash_of(key: str) -> str:

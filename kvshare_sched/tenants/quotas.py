@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from kvshare_sched.tenants.file import Tenant
@@ -92,34 +92,29 @@ class DonorLimits:
         return (self.most is not None and tokens > self.most) or (self.entries is not None and entries > self.entries)
 
 
-def victim(
-    donors: Iterable[tuple[int, str]], covered: Callable[[str], Container[int]], owner: str | None = None
-) -> int | None:
-    """The donor that leaves next; None when there is none.
+def victims(donors: Iterable[tuple[int, str]], covered: Callable[[str], Container[int]]) -> Iterator[int]:
+    """The order in which donors leave: first those that no guarantee covers, then, when more was promised than there
+    is, the others; each time the least recently used first.
 
     donors: (id, owner), least recently used first; covered: the donors of an owner that its guarantee covers, see
-    `to_hold`. With `owner`, one of its own; without, the first that no guarantee covers. When all are covered (more was
-    promised than there is), the least recently used.
+    `to_hold`. Whoever leaves in this order changes nothing for the others, so one walk will do, however many leave.
     """
-    oldest, known = None, functools.cache(covered)
+    held, known = [], functools.cache(covered)
     for donor_id, whose in donors:
-        if owner is not None:
-            if whose == owner:
-                return donor_id
-            continue
-        oldest = donor_id if oldest is None else oldest
-        if donor_id not in known(whose):
-            return donor_id
-    return oldest
+        if donor_id in known(whose):
+            held.append(donor_id)
+        else:
+            yield donor_id
+    yield from held
 
 
-def to_hold(donors: Iterable[tuple[int, int]], guaranteed: int) -> list[int]:
-    """Which of an owner's donors a guarantee of so many tokens covers, ids; whole ones only. They stay in the index and
-    pinned in the tree. donors: (id, tokens), most recently used first.
+def to_hold(donors: Iterable[tuple[int, int]], guaranteed: int) -> dict[int, int]:
+    """Which of an owner's donors a guarantee of so many tokens covers; whole ones only. They stay in the index and
+    pinned in the tree. donors: (id, tokens), most recently used first; returned in that order.
     """
-    held, left = [], guaranteed
+    held, left = {}, guaranteed
     for donor_id, tokens in donors:
         if 0 < tokens <= left:
-            held.append(donor_id)
+            held[donor_id] = tokens
             left -= tokens
     return held

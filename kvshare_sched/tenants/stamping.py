@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 
-from kvshare_sched.tenants.file import ANONYMOUS, Tenants
+from kvshare_sched.tenants.file import Tenants
 from kvshare_sched.tenants.gate import SEAL_KEY, seal_of
 from kvshare_sched.tenants.identity import SERVER, Caller
 from kvshare_sched.tenants.namespaces import TENANT, name_of, owner_of, within
@@ -31,7 +31,7 @@ def stamp_request(obj, caller: Caller, tenants: Tenants, mark: str, flight: int,
     if tenant != SERVER:  # health checks have ids that the scheduler knows
         obj.rid = None  # a chosen one could meet another tenant's, and tell that it runs
     obj.cache_salt = _salts(obj)
-    if tenant.name == ANONYMOUS:  # may be anybody: shares with nobody, not with itself either
+    if not caller.known:  # may be anybody: shares with nobody, not with itself either
         many = isinstance(obj.cache_salt, list)
         obj.cache_salt = [secrets.token_hex(16) for _ in obj.cache_salt] if many else secrets.token_hex(16)
     obj.extra_key = extra_key = name_of(mark, TENANT, tenant.name)
@@ -75,6 +75,8 @@ def _text(name: str, value) -> str | None:
 
 def _priority(asked: int | None, ceiling: int, sign: int) -> int | None:
     """The asked priority, 0 when none is, at most as urgent as the ceiling."""
+    if asked is not None and type(asked) is not int:  # one path of SGLang checks no types, and NaN is below no ceiling
+        raise ValueError("priority must be a whole number")
     return sign * min(sign * (asked or 0), sign * ceiling) if sign else asked
 
 
@@ -97,6 +99,8 @@ def _stamped(params, text: str, more: Mapping[str, object]) -> dict:
         raise ValueError("sampling_params and its custom_params must be objects")
     if type(samples := params.get("n", 1)) is not int or samples < 1:
         raise ValueError("n in sampling_params must be a whole number from 1")
+    if params.get("beam_width") not in (None, 1):
+        raise ValueError("beam_width is not available with tenants: beams would run uncounted; ask for n answers")
     return {**params, "custom_params": {**custom, **more, STAMP_KEY: text}}
 
 

@@ -23,6 +23,7 @@ from kvshare_sched.planner import CostModel
 from kvshare_sched.series import WAITS
 from kvshare_sched.server_queue import ServerQueue
 from kvshare_sched.sglang_adapter import namespace_of
+from kvshare_sched.types import Reason
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from fakes import FakeTree  # noqa: E402
@@ -47,6 +48,7 @@ class Req:
         self.prefix_len, self.done = 0, False
         self.input_embeds = self.multimodal_inputs = self.positional_embed_overrides = self.session = None
         self.return_hidden_states = self.return_pooled_hidden_states = self.skip_radix_cache_insert = False
+        self.beam_group = None
         self.extend_end = len(self.origin_input_ids)
         self.extend_len = self.extend_end
 
@@ -163,6 +165,24 @@ def test_nobody_waits_for_ever_for_a_text_that_never_comes():
     world = World(duplicate_wait=3)
     world.waiting = [Req("first", DOC), Req("second", DOC)]
     assert [world.go() for _ in range(5)] == [["first"], [], [], [], ["second"]]
+
+
+def test_prompt_tokens_repaired_while_decoding_are_paid_too():
+    world = World(quantum=1000)
+    req = Req("r", 300)
+    world.pipeline.begin(world.pipeline.admit(Reason.OPTED_OUT, "r", 300, 0))
+    world.waiting = [req]
+    world.go()
+    before = world.queue._accounts.deficits["t"]
+    world.pipeline.sessions["r"].repaired = 64
+    world.waiting = [Req("next", 10, "other")]  # SGLang asks only while somebody waits
+    world.order()
+    assert world.queue._accounts.deficits["t"] == before - 64
+    world.pipeline.sessions["r"].repaired = 70
+    world.pipeline.release("r")  # as the cache backend does it: before the queue hears of it
+    req.done = True
+    world.queue.released(req)
+    assert world.queue._accounts.deficits.get("t", before - 70) == before - 70 and world.queue.failures == 0
 
 
 def test_a_tenant_that_has_spent_its_quantum_stops_the_pass():

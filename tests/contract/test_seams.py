@@ -75,6 +75,7 @@ LAYERS = (
     {"kvshare_sched.sglang_adapter", "kvshare_sched.audit_adapter"},
     {"kvshare_sched.server_queue"},
     {"kvshare_sched.queue_adapter"},
+    {"kvshare_sched.wiring"},
     {"radix_ext.backend"},
     {"kvshare_sched.plugin", "kvshare_sched.cpu"},
 )
@@ -87,6 +88,7 @@ TOUCHES_SGLANG = {
     "kvshare_sched.audit_adapter",
     "kvshare_sched.queue_adapter",
     "kvshare_sched.server_queue",
+    "kvshare_sched.wiring",
     "kvshare_sched.executor",
     "kvshare_sched.decode_repair",
     "kvshare_sched.evidence",

@@ -216,6 +216,14 @@ def test_more_than_a_quota_in_one_body_is_the_clients_fault(engine, path, body):
     assert post(engine, path, body, authorization="Bearer other").status_code == 200, "without a quota it runs"
 
 
+@pytest.mark.parametrize("more", [{"priority": "high"}, {"sampling_params": {"beam_width": 4}}])
+def test_a_path_that_checks_no_types_lets_nothing_else_through(engine, more):
+    body = {"instances": [{"text": "a"}], "parameters": more}
+    assert post(engine, "/vertex_generate", body, authorization="Bearer other").status_code == 400 and not engine.seen
+    body["parameters"] = {"priority": 1, "sampling_params": {"max_new_tokens": 1}}
+    assert post(engine, "/vertex_generate", body, authorization="Bearer other").status_code == 200
+
+
 @pytest.mark.parametrize("path", sorted({path for path, _ in BODIES}))
 @pytest.mark.parametrize("body", [{}, {"text": 3}, {"messages": "x", "model": 3}, {"session_params": {"id": "s"}}])
 def test_nonsense_is_the_clients_fault(engine, path, body):

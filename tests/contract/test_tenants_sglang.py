@@ -276,7 +276,7 @@ def test_a_document_is_sealed_for_its_namespace(monkeypatch):
 
 def test_an_engine_whose_hooks_were_not_put_in_place_does_not_start():
     from kvshare_sched.errors import UnsupportedError
-    from kvshare_sched.sglang_adapter import check_hooked
+    from kvshare_sched.wiring import check_hooked
 
     assert gate.hooks().keys() == {"sglang.srt.managers.scheduler.Scheduler.handle_generate_request"}
     with pytest.raises(UnsupportedError, match="handle_generate_request could not be hooked"):

@@ -293,6 +293,13 @@ def test_a_hidden_tenant_reuses_and_no_answer_says_so(server, stream):
     requests.delete(url, params={"group": "handbook", "name": "hidden"}, headers=ROOT, timeout=60).raise_for_status()
 
 
+def test_no_tenant_runs_beams_that_nobody_counts(server):
+    headers = {"Authorization": "Bearer key-of-umbrella"}
+    for width, status in ((2, 400), (1, 200)):
+        params = {"max_new_tokens": 2, "temperature": 0, "beam_width": width}
+        assert generate(server, "Hello", headers, sampling_params=params).status_code == status
+
+
 def test_a_trusted_hit_is_in_no_number_of_the_clients(server):
     seen, moved = prompts(33)
     as_tenant(server, "globex").generate(seen, new_tokens=1, namespace="")

@@ -222,6 +222,15 @@ def test_the_oldest_gives_way_when_the_queue_is_full():
     assert world.run(P).rid == "kvshare-audit-3"
 
 
+def test_a_flood_of_one_tenant_leaves_the_others_their_audits():
+    world = World()
+    world.finish(world.begin("quiet"), Q[:1])
+    for _ in range(70):
+        world.finish(world.begin("flood"), Q[:1])
+    tenants = [audit.capture.tenant for audit in world.auditor.queue]
+    assert tenants == ["quiet"] + ["flood"] * 63
+
+
 def test_what_does_not_fit_is_dropped_and_the_next_one_runs():
     world = World()
     world.finish(world.begin(prompt_len=500), Q[:1], prompt_len=500)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvshare_kernels
-from kvshare_sched.sglang_adapter import _measure_costs
+from kvshare_sched.wiring import _measure_costs
 
 LAYERS = 3
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvshare_sched.types import Namespace
+from kvshare_sched.types import Namespace, Segment
 from radix_ext import segment_index
 from radix_ext.matcher import find_segments
 from radix_ext.segment_index import SegmentIndex
@@ -294,6 +294,25 @@ def test_another_name_for_the_same_path_is_no_other_donor():
         prompt, library.index.hits(HERE, prompt), library.tokens, donors=4, start=0, end=len(prompt), min_run=MIN_RUN
     )
     assert (found.length, found.others) == (90, ())
+
+
+def test_the_work_grows_with_the_prompt_and_not_with_its_square(monkeypatch):
+    """A table with a changed cell in each row: many short runs, in four donors. The scheduler waits for the answer."""
+
+    def work(rows: int) -> int:
+        cells = np.arange(32 * rows).reshape(rows, 32)
+        table = lambda name: np.column_stack((cells, 10**6 * name + np.arange(rows))).ravel()  # noqa: E731
+        known = {donor: table(donor + 1) for donor in range(4)}
+        at = range(0, 33 * rows, 33)
+        hits = [(donor, p, p) for donor in known for p in at]
+        looks.clear()
+        found = find_segments(table(9), hits, known.__getitem__, start=0, end=33 * rows, min_run=32, donors=4)
+        assert len(found) == rows and all(len(s.others) == 3 for s in found[1:])
+        return len(looks)
+
+    looks, clip = [], Segment.clip
+    monkeypatch.setattr(Segment, "clip", lambda *args: looks.append(1) or clip(*args))
+    assert work(80) <= 4 * work(20) + 8
 
 
 def test_the_widest_other_donor_comes_first():

@@ -26,7 +26,7 @@ def request(rid: str = "r", prompt: int = 5, wish: object = None, **more) -> Sim
         **{"origin_input_ids": ids, "full_untruncated_fill_ids": ids, "output_ids": array("q"), "prefix_len": 0},
         **{"retracted_stain": False, "input_embeds": None, "multimodal_inputs": None, "session": None},
         **{"positional_embed_overrides": None, "return_hidden_states": False, "return_pooled_hidden_states": False},
-        **{"skip_radix_cache_insert": False, "return_logprob": False},
+        **{"skip_radix_cache_insert": False, "return_logprob": False, "beam_group": None},
         "time_stats": SimpleNamespace(trace_ctx=trace.TraceNullContext()),
         "sampling_params": SimpleNamespace(custom_params=None if wish is None else {"kvshare": wish}),
     }
@@ -73,6 +73,11 @@ def test_tokens_of_a_retracted_request_count_once_whatever_it_asks_for(world, wi
     assert sglang_adapter.view_of(again) is Reason.RETRACTED
     world.run(again)
     assert world.counted() == (2, 5)
+
+
+def test_beam_search_takes_no_part():
+    assert not isinstance(sglang_adapter.view_of(request()), Reason), "the control"
+    assert sglang_adapter.view_of(request(beam_group=object())) is Reason.UNSUPPORTED_INPUT
 
 
 def test_health_checks_are_no_clients_and_a_borrowed_name_hides_nothing(world):

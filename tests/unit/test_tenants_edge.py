@@ -11,7 +11,7 @@ import pytest
 from kvshare_sched.tenants import hooks
 from kvshare_sched.tenants.edge import Edge, Middleware, caller_here
 from kvshare_sched.tenants.file import parse
-from kvshare_sched.tenants.identity import SERVER, Caller, hash_of
+from kvshare_sched.tenants.identity import SERVER, Caller, hash_of, identify
 from kvshare_sched.tenants.namespaces import name_of, owner_of
 from kvshare_sched.tenants.policy import read, stamp_of
 from kvshare_sched.tenants.quotas import Flights, OverQuota
@@ -190,6 +190,21 @@ def test_salts_of_one_tenant_divide_it_without_collisions():
     assert len({stamped(extra_key=k, cache_salt=s).cache_salt for k, s in pairs}) == len(pairs)
 
 
+@pytest.mark.parametrize("params", [{"beam_width": 8}, [{}, {"beam_width": 2}], {"beam_width": "2"}])
+def test_beams_would_run_uncounted_and_are_refused(params):
+    with pytest.raises(ValueError, match="beam_width"):
+        stamped(text="x", sampling_params=params)
+    for width in (None, 1):
+        stamped(text="x", sampling_params={"beam_width": width})
+
+
+@pytest.mark.parametrize("asked", [float("nan"), 1.5, "9", [9], True])
+def test_a_priority_that_is_no_number_is_refused(asked):
+    with pytest.raises(ValueError, match="priority"):
+        stamped(text="x", priority=asked)
+    assert stamped(text="x", priority=3).priority == 3
+
+
 def test_strangers_share_with_nobody_not_even_with_themselves():
     tenants = parse(FILE, "f")
 
@@ -203,6 +218,12 @@ def test_strangers_share_with_nobody_not_even_with_themselves():
     assert len(set(found)) == 6 and None not in found
     assert salts("acme", cache_salt="s") == salts("acme", cache_salt="s"), (
         "the control: a tenant does share with itself"
+    )
+    server = [body(text="x"), body(text="x")]
+    for obj in server:
+        stamp_request(obj, Caller(SERVER), tenants, "mark", 7)
+    assert server[0].cache_salt != server[1].cache_salt, (
+        "whoever comes by a path of `operators.open` may be anybody, too"
     )
     assert stamp_of(tenants.anonymous, tenants, "mark", 0).donor_tokens == 0, "so nothing of them is worth keeping"
 
@@ -355,7 +376,7 @@ def test_a_handler_that_takes_one_answer_and_no_more_gives_the_count_back(desk):
 
     async def once():
         answers = hooks.generate_request(original, None, body(text="x"))
-        caller_here.set(Caller(desk.tenants().tenants["acme"]))
+        caller_here.set(identify([KEY], desk.tenants()))
         assert await anext(answers) == "answer" and not desk.flights.requests
         answers = hooks.generate_request(original, None, body(text="x", stream=True))
         assert await anext(answers) == "answer" and desk.flights.requests == {"acme": 1}
@@ -388,14 +409,17 @@ def test_a_body_that_comes_late_has_the_rights_of_now(desk):
         caller_here.set(caller)
         return [answer async for answer in hooks.generate_request(original, None, body(text="x"))]
 
-    before, stranger = (Caller(tenant) for tenant in (desk.tenants().tenants["acme"], desk.tenants().anonymous))
+    before, stranger = identify([KEY], desk.tenants()), identify([], desk.tenants())
     desk._file.current = parse(FILE.replace('groups = ["handbook"]', ""), "f")
     hooks._edge = desk
     try:
         assert asyncio.run(once(before))[0].lenders == ()
+        desk._file.current = parse(FILE.replace(hash_of("acme-key"), hash_of("another")), "f")
+        with pytest.raises(ValueError, match="API key"):
+            asyncio.run(once(before))  # the tenant is still there, its key was taken back
         desk._file.current = parse('unknown = "reject"', "f")
         for caller in (before, stranger):
-            with pytest.raises(ValueError, match="no longer served"):
+            with pytest.raises(ValueError, match="API key"):
                 asyncio.run(once(caller))
         assert asyncio.run(once(Caller(SERVER)))[0].tenant == "(server)", "the control: nothing to renew"
     finally:

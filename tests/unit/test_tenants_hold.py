@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tenants_lending import COSTS, LIBRARY, MARK, TENANTS, World, prompt, space
 
-from kvshare_sched import client_report, pages
+from kvshare_sched import client_report, recent, sglang_adapter
 from kvshare_sched.sglang_adapter import attach_report
 from kvshare_sched.tenants import hooks
 from kvshare_sched.tenants.desk import lenders_of
@@ -52,15 +52,27 @@ def test_a_hidden_request_pays_and_is_timed_as_if_nothing_had_been_cached():
 
 
 def test_the_client_gets_no_report_and_nobody_a_page(monkeypatch):
-    monkeypatch.setattr(pages, "recent", pages.Recent())
+    monkeypatch.setattr(recent, "requests", recent.Recent())
     world = World()
     world.donate(LIBRARY, 1)
     for stamp, reported in ((HIDDEN, False), (OPEN, True)):
         meta, state = {"id": "r"}, SimpleNamespace()
         info = {"kvshare": [[admitted(world, stamp, prompt(1))[1]]]}
         client_report.update_request_meta_info(lambda *a: None, None, meta, state, info, 0, None)
-        assert ("kvshare" in meta) == reported == (pages.recent.find("r") is not None)
+        assert ("kvshare" in meta) == reported == bool(recent.requests.find("r"))
         assert (getattr(state, DELAY, 0.0) > 0) != reported
+
+
+def test_a_trace_that_the_client_may_have_begun_tells_nothing_of_a_hidden_request(monkeypatch):
+    marked = []
+    monkeypatch.setattr(sglang_adapter.tracing, "mark", lambda req, report: marked.append(report.reused))
+    world = World()
+    world.donate(LIBRARY, 1)
+    for stamp, expected in ((HIDDEN, []), (OPEN, [600])):
+        session, _ = admitted(world, stamp, prompt(1))
+        req = SimpleNamespace(customized_info={"kvshare": []})
+        sglang_adapter._tell(req, session, world.pipeline, session.report(COSTS))
+        assert marked == expected
 
 
 @given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 20))
@@ -121,6 +133,22 @@ async def arrivals(answers) -> list[tuple[float, int]]:
 def test_every_part_is_as_late_as_the_first_and_tells_only_what_it_had():
     assert on_a_clock(arrivals(shifted(engine(1.0, 1.5, 4.0), lambda: 2.0))) == [(3.0, 1), (3.5, 2), (6.0, 3)]
     assert on_a_clock(arrivals(shifted(engine(1.0, 1.5), lambda: 0.0))) == [(1.0, 1), (1.5, 2)]
+
+
+def test_a_client_that_does_not_read_lets_nothing_pile_up():
+    """And yet gets everything, on time, when it reads again."""
+    ids = []
+
+    async def slowly():
+        answers = shifted(engine(*range(1, 101), ids=ids), lambda: 2.0)
+        first = len((await anext(answers))["output_ids"])
+        before = len(ids)
+        await asyncio.sleep(90)
+        piled = len(ids) - before
+        return first, before, piled, [len(one["output_ids"]) async for one in answers]
+
+    first, before, piled, rest = on_a_clock(slowly())
+    assert (first, before) == (1, 2) and piled <= 1 and rest == list(range(2, 101))
 
 
 def test_a_held_answer_keeps_nobody_else_waiting():

@@ -71,6 +71,7 @@ def asking(number: int, tokens: np.ndarray, tenants: int = 20) -> SimpleNamespac
         multimodal_inputs=None,
         positional_embed_overrides=None,
         session=None,
+        beam_group=None,
         return_hidden_states=False,
         return_pooled_hidden_states=False,
         skip_radix_cache_insert=False,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 from kvshare_sched.evaluation import run
+from kvshare_sched.evaluation.cases import KINDS
 
 METHODS = ["naive", "kvshare", "default"]
 
 
 def test_controls_of_a_small_evaluation(tmp_path):
     asked = {"cases": 2, "task_names": ["fact", "twins"], "method_names": METHODS, "ratios": [0.1], "donors": 3}
-    assert run.run(**asked, model_path=None, out=str(tmp_path), server_arguments=[]) == 0
+    assert run.run(**asked, kinds=KINDS, model_path=None, out=str(tmp_path), server_arguments=[]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     summary = report["summary"]
     assert list(summary) == ["full", "noise_floor", *METHODS, "exact_prefix", "no_context"]

@@ -1,6 +1,6 @@
 """RequestView + segments -> ReusePlan, or the reason why not. Pure and deterministic.
 
-The cost model is measured once at start-up (`executor.calibrate`) and shared by all tensor-parallel ranks,
+The cost model is measured once at start-up (`wiring`) and shared by all tensor-parallel ranks,
 so every rank plans alike.
 """
 

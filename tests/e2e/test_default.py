@@ -1,4 +1,4 @@
-"""Default configuration: overlap scheduling on, page size 1, the kvshare strategy."""
+"""Default configuration: overlap scheduling on, page size 1, strategy `consensus`."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ def test_cached_tokens_say_nothing_of_other_tenants(server):
 
 
 def test_cached_tokens_do_tell_that_ones_own_last_prompt_borrowed(server):
-    """What the README says of it: only exact KV is kept, so the same prompt again finds little of itself."""
+    """What `tenants/README.md` says of it: only exact KV is kept, so the same prompt again finds little of itself."""
     url, (_, prompt) = f"{server.url}/kvshare/documents", prompts(15)
     body = {"group": "handbook", "name": "told", "text": "\n\n".join(DOCS[15:18])}
     requests.post(url, json=body, headers=ROOT, timeout=300).raise_for_status()

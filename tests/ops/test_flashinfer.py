@@ -16,6 +16,7 @@ from test_paged_attention import inputs, mixed, paged
 from kvshare_kernels import PagedRows, flashinfer_ragged, reference, scattered
 from kvshare_kernels.flashinfer_ragged import FlashInferAttention
 
+pytestmark = pytest.mark.xdist_group("flashinfer")  # its compiler takes all cores and much memory
 CUDA = Path(__file__).parent / "cuda"
 KERNELS = Path(flashinfer_ragged.__file__).parent
 

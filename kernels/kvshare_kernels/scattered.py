@@ -40,12 +40,11 @@ def _triton(heads, groups, dim, **options):
 
 
 def _samples(device) -> Iterator[PagedRows]:
-    """A few scattered rows of three sequences, one of them from its start on; and so many sequences that no kernel
-    splits their keys."""
-    for repeats in (1, 43):
-        positions = np.tile([3, 150, 151, 260, 399, 7, 8, 0, 5], repeats)
-        qo = np.append(0, np.tile([5, 2, 2], repeats)).cumsum()
-        kv = np.append(0, np.tile([400, 9, 6], repeats)).cumsum()
+    """Scattered rows of three sequences, one of them from its start on; and of so many sequences that no kernel splits
+    their keys."""
+    for repeats in (1, 64):
+        positions = np.append([3, 150, 151, 260, 399], np.tile([7, 8, 0, 5], repeats))
+        qo, kv = np.cumsum([0, 5, *[2, 2] * repeats]), np.cumsum([0, 400, *[9, 6] * repeats])
         yield PagedRows.checked(positions, qo, kv, torch.arange(kv[-1], dtype=torch.int32, device=device))
 
 

@@ -26,7 +26,7 @@ def kernels(
     for name, create in ways.items():
         try:
             kernel = create()
-            error = max(_error(kernel, rows, dtype, device) for rows in _samples(device))
+            error = max(_error(kernel, rows, dtype, device) for rows in _samples(heads, device))
         except Exception as why:  # not installed, no compiler, a shape it does not serve
             yield name, f"{type(why).__name__}: {why}"[:300]
         else:
@@ -39,10 +39,10 @@ def _triton(heads, groups, dim, **options):
     return TritonAttention(heads, groups, dim, **options)
 
 
-def _samples(device) -> Iterator[PagedRows]:
-    """Scattered rows of three sequences, one of them from its start on; and of so many sequences that no kernel splits
-    their keys."""
-    for repeats in (1, 64):
+def _samples(heads: int, device) -> Iterator[PagedRows]:
+    """Scattered rows of three sequences, one of them from its start on; and of so many sequences that with these query
+    heads no kernel splits their keys."""
+    for repeats in (1, 64 // heads + 1):
         positions = np.append([3, 150, 151, 260, 399], np.tile([7, 8, 0, 5], repeats))
         qo, kv = np.cumsum([0, 5, *[2, 2] * repeats]), np.cumsum([0, 400, *[9, 6] * repeats])
         yield PagedRows.checked(positions, qo, kv, torch.arange(kv[-1], dtype=torch.int32, device=device))

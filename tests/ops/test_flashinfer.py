@@ -206,6 +206,25 @@ def check(flashinfer, heads, dim, dtype, device, **options):
 
 
 @pytest.mark.gpu
+def test_the_host_does_not_wait_for_flashinfer(flashinfer, road, device):
+    attention = FlashInferAttention(32, 8, 128, device=device)
+    rows = mixed(device)
+    q, k, v = inputs(rows, (32, 8), 128, torch.bfloat16, device)
+
+    def work():
+        attention.plan(rows)
+        attention.run(q, k, v, 0.1)
+
+    work()  # built
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 def test_flashinfer_with_a_soft_cap(flashinfer, device):
     rows = mixed(device)
     attention = FlashInferAttention(8, 2, 64, soft_cap=2.0, dtype=torch.float16, device=device)

@@ -19,13 +19,16 @@ as soon as it is there. Exit code 1 when a stage that ran has failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +36,8 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT), str(ROOT / "kernels")]
 
 from gpu.shapes import SHAPES  # noqa: E402
 
-LIMITS_S = {"ops": 420, "kernels": 420, "prefill": 420, "e2e": 1500, "engine": 1800, "quality": 420, "tune": 300}
+# FlashInfer may have to build its kernels first, in each of the first three; `tune` builds 36 of ours.
+LIMITS_S = {"ops": 540, "kernels": 540, "prefill": 540, "e2e": 1500, "engine": 1800, "quality": 420, "tune": 540}
 NEEDS = {"ops": ("pytest", "hypothesis")} | dict.fromkeys(("e2e", "engine", "quality"), ("sglang", "requests"))
 OPS = ("copy_rotate", "deviation", "paged_attention", "flashinfer", "consensus_ops", "gpu_check")
 E2E = (
@@ -60,24 +64,46 @@ def missing(stage: str, device: str) -> str | None:
 
 
 def tested(results, paths: list[str], device: str) -> None:
-    """Run pytest; its counts are the result, its failures are printed and kept."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", device, *paths]
+    """Run pytest; its counts are kept as they grow, its failures with their reason at the end."""
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--device", device, *paths]
     if importlib.util.find_spec("xdist") and results.found["stage"] == "ops":
-        command += ["-n", "8"]  # most of the time goes into compiling kernels
+        # Most of the time goes into compiling; FlashInfer's tests stay together, its compiler takes all cores itself.
+        command += ["-n", "8", "--dist", "loadgroup"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.rstrip())
-        if line.startswith(("FAILED", "ERROR")):
-            results.add(failed=line.strip()[:300])
-    process.wait()
-    counts = {
-        word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped|deselected)", (lines or [""])[-1])
-    }
+    counts = Counter()
+    try:
+        for line in process.stdout:
+            if outcome := re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line) if "%]" in line else None:
+                counts[outcome[1].lower()] += 1
+                results.note(**counts)
+            elif line.startswith(("FAILED", "ERROR")):
+                results.add(failed=line.strip()[:300])
+            if outcome is None or outcome[1] in ("FAILED", "ERROR"):
+                print(line, end="", flush=True)
+    finally:
+        process.wait()  # out of time as well: pytest was told so too, and has a server to stop
     results.add(tests=" ".join(paths), exit_code=process.returncode, **counts)
     if process.returncode:
         sys.exit(1)
+
+
+def within(limit_s: float, command: list[str], environment: dict[str, str], *, patience_s: float = 40) -> int:
+    """Exit code of a command, 124 when its time was up.
+
+    Its processes end with it, or the next stage would share the GPU with them; they have patience_s to stop a server.
+    """
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return 124
+    finally:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(patience_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def stage(name: str, options) -> None:
@@ -147,11 +173,7 @@ def main() -> int:
             continue
         limit, started = options.limit_s or LIMITS_S[name], time.monotonic()
         print(f"== {name}, {limit} s at most", flush=True)
-        try:
-            command = [sys.executable, __file__, *sys.argv[1:], "--here", name]
-            code = subprocess.run(command, env=environment, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
+        code = within(limit, [sys.executable, __file__, *sys.argv[1:], "--here", name], environment)
         print(f"== {name}: {'passed' if code == 0 else f'exit code {code}'}, {time.monotonic() - started:.0f} s")
         failed += [name] if code else []
         from gpu import report

@@ -3,8 +3,9 @@
 The plain twin is `reference.paged_attention`; the interface is `triton_attention.TritonAttention`'s. Nearly all keys of
 a block of neighbouring rows lie before its first row: all its rows see them, and FlashInfer's fastest kernel takes them
 without a mask. The few from there to the block's last row need the mask, and the two results are put together by their
-log-sum-exp. FlashInfer splits the keys of few rows over the GPU by itself. Written for version 0.7.2: `jit_args` in the
-order of its `gen_customize_batch_prefill_module`, `variant_owns_mask` on its FA2 template (its FA3 template has none).
+log-sum-exp. Few rows take the masked road alone: there FlashInfer splits the keys over the GPU, which its FA3 template
+for Hopper does not. Written for version 0.7.2: `jit_args` in the order of its `gen_customize_batch_prefill_module`,
+`variant_owns_mask` on its FA2 template (its FA3 template has none).
 """
 
 from importlib import resources
@@ -17,6 +18,7 @@ from kvshare_kernels.paged_rows import PagedRows
 DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 _BLOCK = 128  # rows
+_ENOUGH = 128  # blocks x heads that keep a GPU busy without splitting keys: the FA3 template takes each pair by itself
 _LN2 = float(np.log(2))
 _WORKSPACE = 256 << 20  # bytes, for parts of split keys
 
@@ -84,22 +86,26 @@ class FlashInferAttention:
     def plan(self, rows: PagedRows) -> None:
         """Cut the rows into blocks and let FlashInfer lay out its work; it stands until the next plan."""
         cut = rows.cut(_BLOCK)
-        span, count = cut.span, len(cut.span.qo_indptr)
-        host = (span.qo_indptr, cut.shared_indptr, span.kv_indptr, np.ones(count - 1, np.int64), span.positions)
+        self.sharing = len(cut.shared_indices) > 0 and (len(cut.span.qo_indptr) - 1) * self.heads >= _ENOUGH
+        span = cut.span if self.sharing else rows
+        count, shared = len(span.qo_indptr), cut.shared_indptr if self.sharing else 0 * span.qo_indptr
+        # Keys in a sequence's last page, 0 where it has no key: the FA3 template would take a 1 for one that is there.
+        last, shared_last = np.ones(count - 1, np.int64), np.minimum(np.diff(shared), 1)
+        host = (span.qo_indptr, shared, span.kv_indptr, last, shared_last, span.positions)
         host = torch.from_numpy(np.concatenate(host).astype(np.int32))
         host = host.pin_memory() if rows.kv_indices.is_cuda else host
-        qo, shared, inner, last_page, positions = host.split([count, count, count, count - 1, len(span.positions)])
+        sizes = [count] * 3 + [count - 1] * 2 + [len(span.positions)]
+        qo, shared, inner, last, shared_last, positions = host.split(sizes)
         self.positions = positions.to(rows.kv_indices.device, non_blocking=True)
         shape = self.heads, self.groups, self.dim, 1
         # The scale comes with each layer; `plan` takes it too, but only once.
         plain = {"q_data_type": self.dtype, "sm_scale": 1.0, "logits_soft_cap": self.soft_cap or None}
-        self.sharing = len(cut.shared_indices) > 0
         if self.sharing:
-            self.shared.plan(qo, shared, cut.shared_indices, last_page, *shape, causal=False, **plain)
+            self.shared.plan(qo, shared, cut.shared_indices, shared_last, *shape, causal=False, **plain)
         masked = (
             plain | {"custom_mask": _mask(span, self.positions)} if self.packed_mask else {"q_data_type": self.dtype}
         )
-        self.span.plan(qo, inner, span.kv_indices, last_page, *shape, **masked)
+        self.span.plan(qo, inner, span.kv_indices, last, *shape, **masked)
 
     def run(self, q, k_buffer, v_buffer, scale: float, *, out: torch.Tensor | None = None):
         """(out [n, H, D] in q's dtype, natural log-sum-exp float32 [n, H]); q [n, H, D], buffers [slots, G, D]."""
@@ -109,6 +115,7 @@ class FlashInferAttention:
                 f"[{len(self.positions)}, {self.heads}, {self.dim}] in {self.dtype}"
             )
         pages = k_buffer.unsqueeze(1), v_buffer.unsqueeze(1)  # a slot is a page of one
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out  # FlashInfer's own is zeroed
         if self.packed_mask:
             out, sums = self.span.run(q, pages, q_scale=float(scale), out=out)
         else:
@@ -116,7 +123,8 @@ class FlashInferAttention:
         if self.sharing:
             from flashinfer import merge_state_in_place
 
-            merge_state_in_place(out, sums, *self.shared.run(q, pages, q_scale=float(scale)))
+            shared = self.shared.run(q, pages, q_scale=float(scale), out=torch.empty_like(out))
+            merge_state_in_place(out, sums, *shared)
         return out, sums * _LN2  # FlashInfer's are to base 2
 
 

@@ -26,7 +26,7 @@ def kernels(
     for name, create in ways.items():
         try:
             kernel = create()
-            error = _error(kernel, dtype, device)
+            error = max(_error(kernel, rows, dtype, device) for rows in _samples(heads, device))
         except Exception as why:  # not installed, no compiler, a shape it does not serve
             yield name, f"{type(why).__name__}: {why}"[:300]
         else:
@@ -39,19 +39,24 @@ def _triton(heads, groups, dim, **options):
     return TritonAttention(heads, groups, dim, **options)
 
 
-def _error(kernel, dtype: torch.dtype, device) -> float:
-    """Largest difference from the reference on a few scattered rows of two sequences; builds what is to be built."""
-    keys = 400
+def _samples(heads: int, device) -> Iterator[PagedRows]:
+    """Scattered rows of three sequences, one of them from its start on; and of so many sequences that with these query
+    heads no kernel splits their keys."""
+    for repeats in (1, 64 // heads + 1):
+        positions = np.append([3, 150, 151, 260, 399], np.tile([7, 8, 0, 5], repeats))
+        qo, kv = np.cumsum([0, 5, *[2, 2] * repeats]), np.cumsum([0, 400, *[9, 6] * repeats])
+        yield PagedRows.checked(positions, qo, kv, torch.arange(kv[-1], dtype=torch.int32, device=device))
+
+
+def _error(kernel, rows: PagedRows, dtype: torch.dtype, device) -> float:
+    """Largest difference from the reference on random values; builds what is to be built."""
     generator = torch.Generator().manual_seed(0)
-    positions = np.array([3, 150, 151, 260, 399, 7, 8])
-    slots = torch.arange(keys + 9, dtype=torch.int32, device=device)
-    rows = PagedRows.checked(positions, [0, 5, 7], [0, keys, keys + 9], slots)
 
     def random(*size):
         return torch.randn(size, generator=generator).to(device, dtype)
 
-    q = random(len(positions), kernel.heads, kernel.dim)
-    k, v = (random(keys + 9, kernel.groups, kernel.dim) for _ in range(2))
+    q = random(len(rows.positions), kernel.heads, kernel.dim)
+    k, v = (random(len(rows.kv_indices), kernel.groups, kernel.dim) for _ in range(2))
     kernel.plan(rows)
     found, _ = kernel.run(q, k, v, kernel.dim**-0.5)
     wanted, _ = reference.paged_attention(q, k, v, rows, kernel.dim**-0.5, kernel.soft_cap)

@@ -64,7 +64,9 @@ def _step(
     return highest, total * before + tl.sum(weights, axis=1), mixed
 
 
-@triton.jit
+# What changes from batch to batch is not specialised: Triton would compile again, in front of a user, for one row, a
+# multiple of 16 rows, tables that start at a multiple of 16 bytes.
+@triton.jit(do_not_specialize=["block_rows", "block_key", "rows"])
 def _attend(
     q, keys, values, out, sums, positions, block_row, block_rows, block_key, kv_indices,
     rows, scale, cap, chunk,
@@ -112,7 +114,7 @@ def _attend(
     tl.store(sums + at, tl.where(total > 0, top + tl.log(seen), float("-inf")), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length"])
 def _received(
     q, keys, sums, positions, mass, rows, length, scale,
     q_row, q_head, k_row, k_head,

@@ -17,7 +17,7 @@ _LANES = 2048  # elements a program handles at a time
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _copy_rotate(
     addresses, source, target, shift, cos_sin, tokens, layers,
     k_stride, v_stride,

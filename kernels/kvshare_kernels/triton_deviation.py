@@ -10,7 +10,7 @@ import triton.language as tl
 _LANES = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _deviation(
     fresh, cached, absolute, squared, tokens, width, fresh_stride, cached_stride,
     TOKENS: tl.constexpr, LANES: tl.constexpr,

@@ -2,7 +2,7 @@
 
 On a GPU that backend takes no batch with more sequences than requests fit into its pool, so scattered rows cannot be
 submitted to it run by run. `RowAttention` stands before it while a reuse batch runs: a batch whose rows have gaps it
-computes itself, one sequence a request with a position mask, all others it hands on.
+computes itself, one sequence a request with a position mask, and single rows likewise; all others it hands on.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class RowAttention(AttentionBackend):
         """Prepare `view`, in which sequence i belongs to request owners[i], ascending; replaces the plan before it."""
         lengths, prefixes = (np.asarray(x, np.int64) for x in (view.extend_seq_lens_cpu, view.extend_prefix_lens_cpu))
         first = np.flatnonzero(np.diff(owners, prepend=-1))  # sequence each request starts with
-        if len(first) == len(owners):
+        # Single rows, the last layer's, have no gaps but stay here: planning them, SGLang's FlashInfer backend would
+        # wait for the device.
+        if len(first) == len(owners) and lengths.max() > 1:
             self.model_runner.attn_backend.init_forward_metadata(view)
             return
         into = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

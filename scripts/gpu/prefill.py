@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from kvshare_kernels import PagedRows, attention_column_mass, copy_rotate, on_device, top_k
 
-from .kernels import attentions, rotary
+from .kernels import attentions, causal, rotary
 from .results import Results, seconds
 from .shapes import SHAPES, Shape
 
@@ -81,8 +81,7 @@ class Decoder:
         def attend(q, i):
             k, v = self.keys[i][self.tokens :], self.values[i][self.tokens :]
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-            result = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            return result[0].transpose(0, 1)
+            return causal(q, k, v)[0].transpose(0, 1)
 
         hidden = self.embedded
         for i in range(self.shape.layers):

@@ -65,17 +65,17 @@ def test_deviation(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("neox", [True, False])
-def test_copy_and_rotate(target, neox):
+@pytest.mark.parametrize(("neox", "pairs"), [(True, 64), (False, 64), (True, 16)])
+def test_copy_and_rotate(target, neox, pairs):
     import triton.language as tl
 
     from kvshare_kernels.triton_copy import _copy_rotate
 
     types = {"addresses": "*i64", "source": "*i64", "target": "*i64", "shift": "*i32", "cos_sin": "*fp32"}
     types |= scalars("tokens", "layers", "k_stride", "v_stride")
-    constants = {"HEADS": 8, "DIM": 128, "PAIRS": 64, "NEOX": neox, "DTYPE": tl.bfloat16, "TOKENS": 4, "LANES": 512}
-    constants |= {"REST": 1, "VALUES": 1024, "V_WIDTH": 1024}
+    constants = {"HEADS": 8, "DIM": 128, "PAIRS": pairs, "NEOX": neox, "DTYPE": tl.bfloat16, "TOKENS": 4}
+    constants |= {"LANES": 8 * pairs, "REST": 1 if pairs == 64 else 1024, "VALUES": 1024, "V_WIDTH": 1024}
     binaries = compiled(_copy_rotate, target, types, constants)
     assert binaries["cubin"]
-    if neox:  # interleaved pairs lie two apart
+    if neox and pairs == 64:  # interleaved pairs lie two apart
         assert ".global.v4" in binaries["ptx"] and ".global.b16" not in binaries["ptx"]

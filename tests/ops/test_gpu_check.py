@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import gpu_check  # noqa: E402
 from gpu import prefill, report  # noqa: E402
 from gpu.results import Results  # noqa: E402
 from gpu.shapes import SHAPES  # noqa: E402
@@ -69,6 +70,31 @@ def test_a_run_that_is_cut_keeps_what_it_has(tmp_path):
     assert found["settings"] == {"shapes": ["tiny"], "copy_gb_s": 1.0}
     report.write(tmp_path)
     assert "cut short" in (tmp_path / "report.md").read_text()
+
+
+def test_outcomes_are_counted_as_they_come(tmp_path):
+    tests = tmp_path / "test_it.py"
+    tests.write_text("def test_good(): pass\ndef test_bad(): assert 'FAILED' == 0, 'because'\n")
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
+    results = Results(tmp_path, "e2e", {})
+    with pytest.raises(SystemExit):
+        gpu_check.tested(results, [str(tests)], "cpu")
+    found = json.loads((tmp_path / "e2e.json").read_text())
+    assert found["settings"] == {"passed": 1, "failed": 1} and not found["complete"]
+    failed, whole = found["results"]
+    assert "test_bad" in failed["failed"] and (whole["exit_code"], whole["passed"], whole["failed"]) == (1, 1, 1)
+
+
+def test_a_stage_out_of_time_leaves_nobody_behind(tmp_path):
+    """Its processes may clean up first: a server lives in a session of its own, and is stopped by its parent."""
+    child = f"trap 'touch {tmp_path}/tidied; exit' INT; touch {tmp_path}/there; sleep 600"
+    stubborn = f"trap '' INT; echo $$ > {tmp_path}/pid; for i in $(seq 600); do sleep 1; done"
+    environment = dict(os.environ)
+    assert gpu_check.within(1, ["bash", "-c", f'bash -c "{child}"; true'], environment) == 124
+    assert (tmp_path / "there").exists() and (tmp_path / "tidied").exists()
+    assert gpu_check.within(1, ["bash", "-c", stubborn], environment, patience_s=1) == 124
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    assert gpu_check.within(60, ["bash", "-c", "exit 3"], environment) == 3
 
 
 def test_dummy_models_are_of_the_published_size():

@@ -195,6 +195,25 @@ def test_kernel_says_what_does_not_fit(kernel, device):
 
 
 @pytest.mark.gpu
+def test_batches_of_any_size_share_a_compiled_kernel(device):
+    from kvshare_kernels import attention_column_mass, copy_rotate, token_deviation
+    from kvshare_kernels.triton_attention import _attend, _received
+    from kvshare_kernels.triton_copy import _copy_rotate
+    from kvshare_kernels.triton_deviation import _deviation
+
+    # Of shapes that no other test has.
+    k, table = tensor(600, 2, 32, seed=1, dtype=torch.float16, device=device), torch.ones(512, 32, device=device)
+    kernels, compiled = (_attend, _received, _copy_rotate, _deviation), []
+    for rows in (1, 2, 16, 17, 100, 256):
+        slots = torch.arange(rows, device=device)
+        attention_column_mass(tensor(rows, 6, 32, dtype=torch.float16, device=device), k[: rows + 3], slots, 0.1)
+        copy_rotate([k], [k.clone()], [(slots, slots + 300, 3)], table, neox=True)
+        token_deviation(k[:rows], k[300 : 300 + rows])
+        compiled.append([sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels])
+    assert all(counts == compiled[0] for counts in compiled)
+
+
+@pytest.mark.gpu
 def test_the_host_does_not_wait_for_the_device(kernel, device):
     """Everything between two selections is queued without a look at what the device has computed."""
     from kvshare_kernels import attention_column_mass, copy_rotate, slots_of, token_deviation

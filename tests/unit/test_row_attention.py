@@ -144,6 +144,15 @@ def test_rows_without_gaps_stay_with_sglangs_backend(rows):
     assert rows.forward(None, None, None, LAYER, view, False, sinks=1) == ("ordinary", False, {"sinks": 1})
 
 
+def test_single_rows_need_no_plan_of_sglangs(rows):
+    view, places = batch(rows, [(2, 39, 1), (0, 11, 1)])
+    rows.plan(view, np.array([0, 1]))
+    assert not rows.model_runner.attn_backend.prepared
+    kernel = rows.kernel.rows
+    assert kernel.positions.tolist() == [39, 11] and kernel.kv_indptr.tolist() == [0, 40, 52]
+    assert kernel.kv_indices[[39, 51]].tolist() == view.out_cache_loc.tolist()
+
+
 def test_a_batch_of_an_older_plan_is_an_error(rows):
     old, places = batch(rows, SCATTERED)
     rows.plan(old, np.array([0, 0, 0, 1, 1]))

@@ -109,7 +109,7 @@ def compare(
     }
     _prepare(out, settings, sockets, slo)
     for repeat in range(repeats):
-        for one in setups:
+        for one in in_turn(setups, repeat):
             print(f"starting {one.name} ...", flush=True)
             log = out / f"server-{one.name}.log"
             with server.running([*one.arguments, "--log-level", "warning"], env=one.environment, log=log) as url:
@@ -118,6 +118,12 @@ def compare(
                     player = Player(url, sockets=sockets)
                     _points(player, one, trace, settings, repeat, out)
                     _save(out, settings)
+
+
+def in_turn(setups: Sequence[Setup], repeat: int) -> list[Setup]:
+    """Every repeat begins with another set-up: machines drift, and who comes later meets a slower one."""
+    first = repeat % len(setups)
+    return [*setups[first:], *setups[:first]]
 
 
 def _points(player: Player, one: Setup, trace: Trace, settings: dict, repeat: int, out: Path) -> None:

@@ -246,3 +246,9 @@ def test_setups_differ_where_they_should():
         "--radix-cache-backend",
         "kvshare",
     }
+
+
+def test_every_repeat_begins_with_another_set_up():
+    setups = [compare.Setup(name, (), {}, False) for name in "abc"]
+    turns = ["".join(s.name for s in compare.in_turn(setups, repeat)) for repeat in range(4)]
+    assert turns == ["abc", "bca", "cab", "abc"]

@@ -166,9 +166,9 @@ class ReusePlan:
         """Reused tokens inside [start, end), each counted by how much of its left context is foreign.
 
         The root, because a little foreign text does more harm than its share: with a sixteenth of the context
-        foreign, a quarter of the tokens count.
+        foreign, a quarter of the tokens count. A bare donor's tokens count once, too: they are chosen first, not more.
         """
-        return sum(part.length * part.foreign**0.5 for part in self.clip(start, end))
+        return sum(part.length * min(part.foreign, 1.0) ** 0.5 for part in self.clip(start, end))
 
     def mostly_lone(self, start: int, end: int) -> bool:
         """More than half of the tokens reused inside [start, end) belong to texts whose donors tell nothing."""

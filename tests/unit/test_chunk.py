@@ -38,7 +38,7 @@ def test_consensus_spends_nothing_where_the_left_context_agrees():
     assert chunk(strategy="consensus").budget(0.2) == 30 - 8
     assert chunk(quarter, strategy="consensus").budget(0.2) == 10 - 8
     assert chunk(same, strategy="consensus").budget(0.2) == 0
-    assert chunk(alone, strategy="consensus").budget(0.2) == 29 - 8  # a document on its own is twice as foreign
+    assert chunk(alone, strategy="consensus").budget(0.2) == 20 - 8  # a document on its own gets no more, only sooner
     assert chunk(same, strategy="consensus").budget(1.0) == 150 - 8  # everything means everything
 
 

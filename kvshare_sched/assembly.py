@@ -98,7 +98,7 @@ class Assembly:
                 lent = chunk.session.leases[place.donor_id].slots
                 in_use(lent)
                 slots[i, here] = lent[place.donor_start : place.donor_end]
-                weights[i, here], shifts[i, here] = 1 / (_OWN_NOISE + place.foreign), place.shift
+                weights[i, here], shifts[i, here] = 1 / (_OWN_NOISE + place.doubt), place.shift
             rows.append(np.arange(segment.start, segment.end) - chunk.start + chunk.row)
             part.append(np.full(segment.length, number))
             lone.append(np.full(segment.length, segment.lone))
@@ -169,4 +169,4 @@ class Assembly:
         """What is taken for the spread of a text with one donor, float32 [length]."""
         layers = len(session.strategy.compared(len(self.keys)))
         inside = torch.arange(segment.length, device=self.cos_sin.device) / _LONE_REACH
-        return (_LONE_SPREAD * layers * segment.foreign) * (1 + inside).rsqrt()
+        return (_LONE_SPREAD * layers * segment.doubt) * (1 + inside).rsqrt()

@@ -21,6 +21,13 @@ def samples_of(families: Iterable) -> Samples:
     return found
 
 
+def samples_in(text: str) -> Samples:
+    """The same from what /metrics answers."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return samples_of(text_string_to_metric_families(text))
+
+
 class State:
     """Questions about one look at the metrics; `before`: an earlier look, to count only what has happened since.
 
@@ -112,8 +119,7 @@ def _index(s: State) -> list[tuple]:
 
 
 def _quality(s: State) -> list[tuple]:
-    audits = _sum(s.samples, PREFIX + "audit_kl_nats_count", {"span": "sent"})
-    kl = _sum(s.samples, PREFIX + "audit_kl_nats_sum", {"span": "sent"})
+    audits, kl = s.now("audit_kl_nats_count", span="sent"), s.now("audit_kl_nats_sum", span="sent")
     return [
         ("mean KL of audited answers", f"{kl / audits:.4f} nats ({_n(audits)} audits)" if audits else "no audit yet"),
         ("target", f"{s.now('target_kl_nats'):.4f} nats"),

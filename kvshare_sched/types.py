@@ -84,12 +84,14 @@ class Segment:
 
     @property
     def foreign(self) -> float:
-        """How foreign the donor's left context is: the share of what stands before this run, in the prompt or in the
-        donor, that the other does not have, 0 to 1; twice that for a bare donor, which is that much worse.
-        """
+        """Share of what stands before this run, in the prompt or in the donor, that the other does not have, 0 to 1."""
         before = max(self.start, self.donor_start)
-        share = max(0.0, 1 - self.context / before) if before else 0.0
-        return share * (_BARE if self.bare else 1)
+        return max(0.0, 1 - self.context / before) if before else 0.0
+
+    @property
+    def doubt(self) -> float:
+        """How far the donor's KV is taken to be off: its foreign share, twice that of a bare donor."""
+        return self.foreign * (_BARE if self.bare else 1)
 
     @property
     def lone(self) -> bool:
@@ -166,9 +168,9 @@ class ReusePlan:
         """Reused tokens inside [start, end), each counted by how much of its left context is foreign.
 
         The root, because a little foreign text does more harm than its share: with a sixteenth of the context
-        foreign, a quarter of the tokens count. A bare donor's tokens count once, too: they are chosen first, not more.
+        foreign, a quarter of the tokens count. A bare donor's tokens are no more, only chosen first.
         """
-        return sum(part.length * min(part.foreign, 1.0) ** 0.5 for part in self.clip(start, end))
+        return sum(part.length * part.foreign**0.5 for part in self.clip(start, end))
 
     def mostly_lone(self, start: int, end: int) -> bool:
         """More than half of the tokens reused inside [start, end) belong to texts whose donors tell nothing."""

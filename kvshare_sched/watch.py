@@ -55,10 +55,8 @@ def top(url: str, *, key: str, interval_s: float, once: bool) -> int:
 
 
 def _samples(url: str, key: str) -> live.Samples:
-    from prometheus_client.parser import text_string_to_metric_families
-
     answer = _get(f"{url}/metrics", {"authorization": f"Bearer {key}"} if key else {})
-    found = live.samples_of(text_string_to_metric_families(answer.text)) if answer.status_code == 200 else {}
+    found = live.samples_in(answer.text) if answer.status_code == 200 else {}
     if not any(name.startswith("kvshare_") for name in found):
         raise SetupError(f"{url}/metrics has no kvshare_ series: start it with `kvshare serve`, or --enable-metrics.")
     return found

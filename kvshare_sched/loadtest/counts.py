@@ -6,17 +6,15 @@ from collections.abc import Sequence
 
 import requests as http
 
-from kvshare_sched.live import Samples, State, samples_of
+from kvshare_sched.live import Samples, State, samples_in
 from kvshare_sched.loadtest.statistics import answered
 from kvshare_sched.series import ORIGINS
 
 
 def scraped(url: str) -> Samples:
     """What /metrics of a server shows right now; nothing where there is none, or none of ours."""
-    from prometheus_client.parser import text_string_to_metric_families
-
     answer = http.get(f"{url}/metrics", timeout=60)
-    return samples_of(text_string_to_metric_families(answer.text)) if answer.ok else {}
+    return samples_in(answer.text) if answer.ok else {}
 
 
 def sources(rows: Sequence[dict], before: Samples, after: Samples) -> dict:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kvshare_kernels import PagedRows, attention_column_mass, copy_rotate, on_device, top_k
+from kvshare_sched.strategies.consensus import early_layers
 
 from .kernels import attentions, causal, rotary
 from .results import Results, seconds
@@ -105,10 +106,10 @@ class Decoder:
 
         mass = torch.zeros(self.tokens, device=self.device)
         rows, positions = self._plan(kernel, fresh)
-        hidden, looking = self.embedded[positions], depth // 3
-        for i in range(looking):
+        hidden, looking = self.embedded[positions], early_layers(depth)
+        for i in range(looking.stop):
             hidden = self.layer(i, hidden, positions, attend_and_hear)
-            if i >= depth // 5:
+            if i in looking:
                 keys = self.keys[i][self.tokens :]
                 mass += attention_column_mass(heard[-1], keys, positions[-_VOICES:], scale)
         mass[positions] = 0
@@ -120,7 +121,7 @@ class Decoder:
         last = torch.tensor([len(positions) - 1])
         self._plan(kernel, rows[-1:])
         hidden = self.layer(depth - 1, hidden, positions, attend, on_device(last.numpy(), positions))
-        return self._answered(hidden), len(rows) * depth + len(fresh) * looking
+        return self._answered(hidden), len(rows) * depth + len(fresh) * looking.stop
 
     def _runs(self):
         """Donor and own slots of documents of 1,024 tokens."""

@@ -225,6 +225,7 @@ def hooked(*args):
     """As a place of SGLang with a hook around it."""
 
 
+UNKNOWN = "the sender of this request is not known"
 FORGED = Stamp("acme", (Lender(name_of("mark", "tenant", "globex"), "trusted", "team"),)).to_text()
 
 
@@ -249,21 +250,21 @@ def test_the_gate_lets_through_what_the_edge_has_stamped(monkeypatch):
 def test_the_gate_refuses_everything_else_and_keeps_nothing_of_it(monkeypatch, extra_key, change):
     monkeypatch.setenv(gate.SECRET, "secret")
     recv_req = handed(extra_key, change)
-    assert gated(recv_req) == ("the sender of this request is not known", None, None)
+    assert gated(recv_req) == (UNKNOWN, None, None)
     assert recv_req.session_id is None
 
 
 def test_without_a_secret_or_with_another_nothing_passes_but_audits(monkeypatch):
     monkeypatch.delenv(gate.SECRET, raising=False)
     unsealed = handed()
-    assert gated(unsealed)[0] is not None
+    assert gated(unsealed)[0] == UNKNOWN
     monkeypatch.setenv(gate.SECRET, "of an earlier launch")
     earlier = handed()
     monkeypatch.setenv(gate.SECRET, "secret")
-    assert gated(earlier)[0] is not None
+    assert gated(earlier)[0] == UNKNOWN
     with gate.ours():
         assert gated(handed(None, lambda custom: None))[0] is None
-    assert gated(handed(None, lambda custom: None))[0] is not None
+    assert gated(handed(None, lambda custom: None))[0] == UNKNOWN
 
 
 def test_a_document_is_sealed_for_its_namespace(monkeypatch):

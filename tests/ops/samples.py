@@ -1,6 +1,8 @@
 """Random inputs of the operator tests, made on the CPU from a seed and moved to the device."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -23,6 +25,17 @@ def scattered(rows: int, longest: int, seed=0, device="cpu") -> torch.Tensor:
     """`rows` ascending positions below `longest` with gaps between them, from 1 to the last one."""
     inner = np.random.default_rng(seed).choice(np.arange(2, longest - 1), max(0, rows - 2), replace=False)
     return torch.from_numpy(np.sort(np.concatenate(([1, longest - 1][-rows:], inner))).astype(np.int64)).to(device)
+
+
+@contextlib.contextmanager
+def no_host_waits() -> Iterator[None]:
+    """Whatever makes the host wait for the GPU inside the block raises; what was queued before is waited for."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def same(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:

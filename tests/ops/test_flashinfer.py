@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from samples import no_host_waits
 from test_paged_attention import inputs, mixed, paged
 
 from kvshare_kernels import PagedRows, flashinfer_ragged, reference, scattered
@@ -216,12 +217,8 @@ def test_the_host_does_not_wait_for_flashinfer(flashinfer, road, device):
         attention.run(q, k, v, 0.1)
 
     work()  # built
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_waits():
         work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

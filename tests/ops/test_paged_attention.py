@@ -6,7 +6,7 @@ The kernel's tests run where Triton does: `--device cuda`, or TRITON_INTERPRET=1
 import numpy as np
 import pytest
 import torch
-from samples import DIMS, HEADS, TOLERANCE, same, scattered, tensor
+from samples import DIMS, HEADS, TOLERANCE, no_host_waits, same, scattered, tensor
 
 from kvshare_kernels import PagedRows, reference
 
@@ -234,9 +234,5 @@ def test_the_host_does_not_wait_for_the_device(kernel, device):
         attention_column_mass(q[:5], k, slots[:5], 0.1)
 
     work()  # compiled
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_waits():
         work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -156,9 +156,10 @@ def test_foreign_share_of_the_left_context():
     assert Segment(1, 400, 100, 5, context=100).foreign == 0.75
 
 
-def test_a_donor_on_its_own_is_twice_as_foreign_and_tells_nothing_of_its_tokens():
+def test_a_donor_on_its_own_is_twice_as_doubtful_and_tells_nothing_of_its_tokens():
     alone, elsewhere = Segment(1, 20, 200, 50), Segment(2, 90, 200, 50)
-    assert alone.bare and not elsewhere.bare and alone.foreign == 2 * elsewhere.foreign == 2
+    assert alone.bare and not elsewhere.bare and alone.doubt == 2 * elsewhere.doubt == 2
+    assert alone.foreign == elsewhere.foreign == 1
     assert not Segment(1, 0, 90, 50).bare  # a header more or less is no context
     assert not Segment(1, 200, 20, 50).bare  # here the prompt has less than the donor
     assert Segment(1, 20, 200, 50).lone and Segment(1, 20, 200, 50, others=(Segment(3, 30, 200, 40),)).lone

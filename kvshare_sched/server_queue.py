@@ -55,7 +55,6 @@ class ServerQueue:
             self._policy,
             self._accounts,
             self._config.duplicate_wait if self._config.mode == "on" else 0,
-            self._pipeline.costs.pass_rows,
             self._keep,
         )
         self._peek = Peek(self._pipeline)

@@ -28,6 +28,8 @@ from kvshare_sched.evaluation.forced import decoded
 PLAIN = "plain"
 SETTINGS = {
     PLAIN: {},
+    "fifo 1": {"repair_rows": 1, "repair_order": "fifo"},
+    "fifo 2": {"repair_rows": 2, "repair_order": "fifo"},
     "fifo 3": {"repair_rows": 3, "repair_order": "fifo"},
     "fifo 8": {"repair_rows": 8, "repair_order": "fifo"},
     "lagged 3": {"repair_rows": 3, "repair_order": "lagged"},

@@ -21,7 +21,6 @@ from kvshare_sched.scheduling.table import Table
 LIMIT = 256  # requests that one pass may start
 _MEMORY = 20_000  # prompt tokens over which the hit share is averaged
 _STEP = 256.0  # tokens of service after which waiting times are looked at again
-_BEHIND = 4  # whom a pass delays for each of those who wait: them, and those yet to come (simulated, decision 016)
 _NOTHING = Texts()
 
 
@@ -49,10 +48,9 @@ class _Running:
 class Queue:
     """Waiting and running requests of one engine under one policy (a key of `order.KEYS`)."""
 
-    def __init__(self, policy: str, accounts: Accounts, duplicate_wait: int, pass_fixed: float = 0, keep: float = 0):
+    def __init__(self, policy: str, accounts: Accounts, duplicate_wait: int, keep: float = 0):
         self.policy = policy
         self.keep = keep if policy == "fair" else 0.0  # share of the pool for cached text, see `has_room`
-        self.pass_fixed = pass_fixed  # cost of a pass whatever is in it, tokens; 0: not known, passes are filled
         self.accounts = accounts
         self.duplicates = Duplicates(duplicate_wait if policy == "fair" else 0)
         self.table = Table()  # the waiting ones
@@ -63,7 +61,6 @@ class Queue:
         self._ordered_at = (0.0, 0.0)  # clock, room
         self._may: dict[str, tuple[int, str]] = {}  # (tier, account) of the requests that may start in this pass
         self._left: Counter[tuple[int, str]] = Counter()  # how many of them have not
-        self._started = 0  # in this pass
         self.hit_share = 0.0  # of the prompts that started lately, weighted by their length
 
     def __len__(self) -> int:
@@ -106,7 +103,6 @@ class Queue:
         self.running[rid] = _Running(waiting, account)
         self.duplicates.computing(rid, computing)
         self.charge(rid, work)
-        self._started += 1
 
     def charge(self, rid: str, work: float) -> None:
         """A running request computed `work` more tokens of its prompt."""
@@ -162,7 +158,6 @@ class Queue:
 
         room: see `room_beside`; what does not fit comes last. 0: no long prompt is half done.
         """
-        self._started = 0
         if (
             self._order is not None
             and room == self._ordered_at[1]
@@ -245,7 +240,7 @@ class Queue:
         """
         if self.policy != "fair":
             return True
-        if rid not in self._may or self._full(rid):
+        if rid not in self._may:
             return False
         tier, account = self._may[rid]
         others = (a for (t, a), left in self._left.items() if left and t == tier)
@@ -253,14 +248,6 @@ class Queue:
             return True
         self._order = None  # somebody else's turn
         return False
-
-    def _full(self, rid: str) -> bool:
-        """Whether this request had better start in the next pass.
-
-        A pass answers all its requests at its end, so those who started would wait for this one's work; another pass
-        makes everybody who waits, and comes before the queue is empty, wait for its fixed part.
-        """
-        return 0 < self.pass_fixed * _BEHIND * len(self) < self._started * self.work(rid)
 
 
 def _groups(places: np.ndarray, rows: Rows, room: float) -> Iterator[tuple[int, np.ndarray]]:

@@ -55,7 +55,7 @@ def _spread(x: np.ndarray) -> dict[str, float]:
 def queue_of(policy: str, config: KVShareConfig, profile: profiles.Profile) -> Queue:
     """A queue as the server would make it."""
     accounts = Accounts(config.quantum, config.weights, config.unknown_tenants)
-    return Queue(policy, accounts, config.duplicate_wait, profile.pass_s / profile.row_s, config.pool_keep)
+    return Queue(policy, accounts, config.duplicate_wait, config.pool_keep)
 
 
 def run(options) -> int:

@@ -24,7 +24,7 @@ class Anything(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.queue = Queue("fair", Accounts(300.0, {"a": 2.0}, unknown=2), duplicate_wait=2, pass_fixed=50)
+        self.queue = Queue("fair", Accounts(300.0, {"a": 2.0}, unknown=2), duplicate_wait=2)
         self.waiting: set[str] = set()
         self.running: set[str] = set()
         self.numbers = itertools.count()
@@ -116,8 +116,8 @@ TestAnything.settings = settings(max_examples=60, stateful_step_count=50)
 class Engine:
     """Starts what the queue gives until a pass has cost `budget`; answers come a few passes later."""
 
-    def __init__(self, quantum, weights=None, unknown=256, policy="fair", pass_fixed=0):
-        self.queue = Queue(policy, Accounts(quantum, weights, unknown), 0, pass_fixed)
+    def __init__(self, quantum, weights=None, unknown=256, policy="fair"):
+        self.queue = Queue(policy, Accounts(quantum, weights, unknown), 0)
         self.numbers = itertools.count()
         self.started: list[str] = []
         self.later: list[tuple[str, int]] = []
@@ -266,7 +266,7 @@ def test_a_thousand_invented_names_get_no_more_than_the_accounts_for_unknown_ten
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 500)), max_size=60), st.sampled_from(sorted(KEYS)))
 def test_every_request_is_started_exactly_once_under_every_order(requests, policy):
-    engine = Engine(200.0, policy=policy, pass_fixed=10)
+    engine = Engine(200.0, policy=policy)
     rids = [engine.add(tenant, work) for tenant, work in requests]
     for _ in range(200):
         if not engine.step(400):

@@ -30,7 +30,7 @@ ENGINE = {
 )
 def test_two_backlogged_tenants_stay_within_the_gap(prompts, new, quantum, weights, chunk, capacity):
     profile = Profile(chunk=chunk, capacity=capacity, **ENGINE)
-    queue = Queue("fair", Accounts(quantum, dict(zip("fg", weights, strict=True))), 8, 50.0, 0.3)
+    queue = Queue("fair", Accounts(quantum, dict(zip("fg", weights, strict=True))), 8, 0.3)
     engine = Engine(profile, queue)
     requests = [
         Request(0.0, "fg"[n % 2], str(n), 0, ((f"doc{doc}", 150), (f"own{n}", own)), new)
@@ -70,7 +70,7 @@ def quiet_p95(policy: str, *, flooded: bool) -> tuple[float, float]:
             Request(0.45 * n, "flood", f"f{n}", 0, ((f"text{n}", int(rng.integers(500, DEAREST))),), NEW)
             for n in range(440)
         ]
-    queue, most = Queue(policy, Accounts(QUANTUM, WEIGHTS), 8, 50.0, 0.3), 0
+    queue, most = Queue(policy, Accounts(QUANTUM, WEIGHTS), 8, 0.3), 0
     first = []
     for done in Engine(EVEN, queue).run(sorted(asked, key=lambda request: request.at_s)):
         most = max(most, len(queue.running))

@@ -233,24 +233,6 @@ def test_a_tenant_whose_turn_ends_while_it_decodes_does_not_block_the_others():
     assert q.order().ready == ("b1", "a1") and q.may_start("b1")
 
 
-def test_a_pass_is_the_shorter_the_fewer_wait_for_its_end():
-    q = Queue("fair", Accounts(1e9), 8, pass_fixed=10)
-    for n in range(20):
-        add(q, f"r{n:02}", work=100)
-    passes = []
-    while len(q):
-        passes.append(len(start_all(q)))
-    # With w waiting, a request joins s that have started while s x 100 <= 10 x 4 x w.
-    assert passes == [6, 5, 3, 2, 2, 1, 1]
-
-
-def test_a_pass_is_filled_when_its_fixed_cost_is_not_known():
-    q = Queue("fair", Accounts(1e9), 8)
-    for n in range(20):
-        add(q, f"r{n:02}", work=100)
-    assert len(start_all(q)) == 20
-
-
 def test_the_more_prompts_hit_the_more_of_the_pool_is_kept_for_what_they_hit():
     q = Queue("fair", Accounts(1e9), 8, keep=0.5)
     assert q.has_room(900, 100, 1000)

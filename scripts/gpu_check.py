@@ -41,13 +41,8 @@ from gpu.shapes import SHAPES  # noqa: E402
 LIMITS_S = {"ops": 1800, "kernels": 1200, "prefill": 1200, "e2e": 3600, "engine": 3600, "quality": 900, "tune": 1200}
 NEEDS = {"ops": ("pytest", "hypothesis")} | dict.fromkeys(("e2e", "engine", "quality"), ("sglang", "requests"))
 OPS = ("copy_rotate", "deviation", "paged_attention", "flashinfer", "consensus_ops", "gpu_check")
-E2E = (
-    "gpu",
-    "default",
-    "pages_and_chunks",
-    "same_context",
-    "memory_pressure",
-)  # others compare float32 numbers closely
+# The others compare float32 numbers closely.
+E2E = ("gpu", "default", "pages_and_chunks", "same_context", "memory_pressure")
 
 
 def missing(stage: str, device: str) -> str | None:

@@ -139,6 +139,23 @@ def test_a_missing_seam_is_told_readably():
     assert "without no_such_parameter" in Seam("sglang.srt.plugins.load_plugins", ("no_such_parameter",)).problem()
 
 
+def test_the_scheduler_waits_for_whole_prefill_passes():
+    """Requests' tables of slots are read until a reuse batch ends; a backend that lets the scheduler write them as soon
+    as its own plan is made must not be accepted. Their source is read, since FA3's cannot be imported without a GPU."""
+    from sglang.srt.layers.attention import base_attn_backend
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    ends = base_attn_backend.AttentionBackend.shared_read_ends(None, ForwardMode.EXTEND)
+    assert ends is base_attn_backend.SharedReadEnds.UNKNOWN
+    files = {"fa3": "flashattention_backend", "flashinfer": "flashinfer_backend", "triton": "triton_backend"}
+    assert set(support._GPU_BACKENDS) == set(files)
+    for file in files.values():
+        tree = ast.parse(Path(base_attn_backend.__file__).with_name(f"{file}.py").read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert "init_forward_metadata" in defined
+        assert not defined & {"shared_read_ends", "_snapshot_prefill_shared_reads", "resolve_prefill_shared_read_ends"}
+
+
 def test_another_sglang_version_is_refused_by_name(monkeypatch):
     assert support.version_refusal() is None
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.24")

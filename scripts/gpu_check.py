@@ -83,6 +83,16 @@ def tested(results, paths: list[str], device: str) -> None:
         sys.exit(1)
 
 
+def of_demo(demo: dict) -> dict:
+    """The demo's figures, medians over its cases, under the names that every measured result has; and its quality."""
+    from kvshare_sched.config import KVShareConfig
+
+    same = ("prompt_tokens", "ttft_off_s", "ttft_on_s", "ttft_ratio", "share_of_limit")
+    found = {"model_shape": demo["model"], "engine": "sglang", "ratio": KVShareConfig.load().ratio}
+    found |= {name: demo[f"{name}_median"] for name in same}
+    return found | {name: demo[name] for name in ("kl_mean", "kl_max", "kl_noise_floor", "first_token_agreement")}
+
+
 def within(limit_s: float, command: list[str], environment: dict[str, str], *, patience_s: float = 40) -> int:
     """Exit code of a command, 124 when its time was up.
 
@@ -136,7 +146,7 @@ def stage(name: str, options) -> None:
         folder = ROOT / "out" / "gpu-demo"
         if demo.run(cases=8, out=str(folder)):
             sys.exit(1)
-        results.add(model_shape="SmolLM2-135M-Instruct", demo=json.loads((folder / "demo.json").read_text()))
+        results.add(**of_demo(json.loads((folder / "demo.json").read_text())))
     results.complete()
 
 

@@ -103,6 +103,19 @@ def test_nothing_run_is_no_success(tmp_path, monkeypatch):
     assert gpu_check.main() == 1 and not list(tmp_path.iterdir())
 
 
+def test_the_demo_is_a_result_like_the_others(tmp_path):
+    demo = json.loads((ROOT / "benchmarks" / "demo.json").read_text())
+    found = gpu_check.of_demo(demo)
+    assert set(report.TIMES) <= set(found) and found["kl_mean"] == demo["kl_mean"]
+    assert (found["ttft_ratio"], found["ratio"]) == (demo["ttft_ratio_median"], 0.18)
+    results = Results(tmp_path, "quality", {})
+    results.add(**found)
+    report.write(tmp_path)
+    told = (tmp_path / "report.md").read_text()
+    assert f"| {demo['model']} | sglang |" in told and f"| {demo['model']} | {demo['kl_mean']:.4g} |" in told
+    assert (tmp_path / "ttft.png").exists()
+
+
 def test_a_run_that_is_cut_keeps_what_it_has(tmp_path):
     results = Results(tmp_path, "kernels", {"shapes": ["tiny"]})
     results.add(model_shape="tiny", kernel="top_k", seconds=0.123456789)

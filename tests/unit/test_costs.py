@@ -48,4 +48,4 @@ def test_quantised_weights_have_a_price_too(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
     costs = _measure_costs(runner(), torch.zeros(300, 32), True)
-    assert 0 < costs.cell_s and 0 <= costs.copy_s <= costs.cell_s and costs.overhead_s > 0 and costs.pass_rows == 0
+    assert costs.cell_s > 0 and 0 <= costs.copy_s <= costs.cell_s and costs.overhead_s > 0 and costs.pass_rows == 0

@@ -18,7 +18,7 @@ from kvshare_sched.client import Client
 from .results import Results
 from .shapes import SHAPES
 
-_DOCUMENT = 1000
+_DOCUMENT = 1000  # tokens, less in short prompts: one document alone could not move
 _REPEATS = 3
 _PAIRS = 20
 
@@ -38,8 +38,9 @@ class Prompts:
 
     def moved(self, tokens: int) -> tuple[list[int], list[int]]:
         """A donor's prompt, and one with the same documents the other way round."""
-        documents = [self.ids(_DOCUMENT) for _ in range((tokens - 100) // _DOCUMENT)]
-        rest = tokens - 64 - _DOCUMENT * len(documents)
+        size = min(_DOCUMENT, tokens // 8)
+        documents = [self.ids(size) for _ in range((tokens - 100) // size)]
+        rest = tokens - 64 - size * len(documents)
         return [*self.ids(40), *sum(documents, [])], [*self.ids(rest), *sum(reversed(documents), []), *self.ids(64)]
 
 

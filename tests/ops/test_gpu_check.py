@@ -100,6 +100,18 @@ def test_the_engine_stage_tells_by_its_exit_code_and_goes_on(trouble, tmp_path, 
         assert "did not come up" in found["results"][0]["failed"]
 
 
+@pytest.mark.parametrize("tokens", [2048, 8192, 32768, 65536])
+def test_prompts_of_the_engine_stage_are_documents_in_another_order(tokens):
+    pytest.importorskip("requests")
+    from gpu.engine import Prompts
+
+    donor, prompt = Prompts(10**9).moved(tokens)
+    assert len(prompt) == tokens
+    where = {token: i for i, token in enumerate(donor)}
+    shifts = [where[t] - i for i, t in enumerate(prompt) if t in where]
+    assert len(shifts) > 0.85 * tokens and len(set(shifts)) >= 6 and 0 not in shifts
+
+
 def test_nothing_run_is_no_success(tmp_path, monkeypatch):
     command = ["gpu_check.py", "--stages", "ops", "--device", "cpu", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)

@@ -25,6 +25,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
 from kvshare_kernels import on_device, top_k
+from kvshare_sched import adapters
 from kvshare_sched.assembly import Assembly
 from kvshare_sched.decode_repair import DecodeRepair
 from kvshare_sched.evidence import Chunk, Witness, by_head
@@ -79,6 +80,7 @@ class Executor:
                 self.pipeline.abandon(chunk.session)
             forward_batch.residual_stream = None
             self.model_runner.attn_backend.init_forward_metadata(forward_batch)
+            adapters.restore(self.model_runner, forward_batch)
         output = self._ordinary(input_ids, positions, forward_batch, *args, **kwargs)
         for chunk in chunks:
             chunk.session.cells += (chunk.end - chunk.start) * len(self.layers)
@@ -253,6 +255,7 @@ class Executor:
             _, hidden, head, _, *rest = args
             full = hidden.new_zeros((input_ids.shape[0], hidden.shape[1]))
             full[index] = hidden
+            adapters.restore(self.model_runner, batch)  # for a vocabulary head with an adapter
             return (input_ids, full, head, batch, *rest)
 
         hooks = [self.model.logits_processor.register_forward_pre_hook(restore)]
@@ -314,4 +317,5 @@ class Executor:
             self.row_attention.plan(view, request[first])
         else:
             self.model_runner.attn_backend.init_forward_metadata(view)
+        adapters.route(self.model_runner, batch, view, request)
         return view

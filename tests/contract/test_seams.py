@@ -59,7 +59,7 @@ LAYERS = (
     {"kvshare_sched.session", "kvshare_sched.lending"},
     {"kvshare_sched.pipeline"},
     {"kvshare_sched.peek"},
-    {"kvshare_sched.evidence"},
+    {"kvshare_sched.evidence", "kvshare_sched.adapters"},
     {"kvshare_sched.decode_repair", "kvshare_sched.assembly", "kvshare_sched.gpu.attention"},
     {
         "kvshare_sched.executor",
@@ -102,6 +102,7 @@ TOUCHES_SGLANG = {
     "kvshare_sched.cpu.platform",
     "kvshare_sched.cpu.attention",
     "kvshare_sched.cpu.products",
+    "kvshare_sched.cpu.pinning",
     "kvshare_sched.gpu.attention",
     "radix_ext.backend",
     "radix_ext.donors",

@@ -8,7 +8,7 @@ import sys
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,16 +35,25 @@ def write_model(folder: Path) -> Path:
     config |= {"intermediate_size": INNER, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
     config |= {"max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0}
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    draw = torch.Generator().manual_seed(0)
+    shapes = {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in SHAPES.items()}
+    shapes |= {"model.embed_tokens": (VOCABULARY, HIDDEN), "lm_head": (VOCABULARY, HIDDEN)}
+    weights = {f"{name}.weight": torch.randn(shape, generator=draw) / shape[1] ** 0.5 for name, shape in shapes.items()}
+    norms = [f"layers.{i}.{name}_layernorm" for i in range(LAYERS) for name in ("input", "post_attention")]
+    weights |= {f"model.{name}.weight": torch.ones(HIDDEN) for name in (*norms, "norm")}
+    save_file(weights, str(folder / "model.safetensors"))
     return folder
 
 
 def write_adapter(folder: Path, rank: int, seed: int) -> Path:
     folder.mkdir()
     draw = torch.Generator().manual_seed(seed)
-    names = sorted({name.split(".")[1] for name in SHAPES})
+    names = sorted({name.split(".")[1] for name in SHAPES} | {"embed_tokens"})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": names, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    weights = {}
+    embedding = "base_model.model.model.embed_tokens.lora_embedding"
+    weights = {f"{embedding}_A": torch.randn(rank, VOCABULARY, generator=draw) / rank**0.5}
+    weights[f"{embedding}_B"] = torch.randn(HIDDEN, rank, generator=draw)
     for layer in range(LAYERS):
         for name, (out, into) in SHAPES.items():
             start = f"base_model.model.model.layers.{layer}.{name}"
@@ -66,7 +75,7 @@ def load(folder: Path):
 
     load_plugins()
     a, b = write_adapter(folder / "a", 4, 1), write_adapter(folder / "b", 8, 2)
-    arguments = ["--model-path", str(write_model(folder / "model")), "--load-format", "dummy", "--skip-tokenizer-init"]
+    arguments = ["--model-path", str(write_model(folder / "model")), "--skip-tokenizer-init"]
     arguments += ["--device", "cpu", "--dtype", "float32", "--attention-backend", "kvshare_cpu"]
     arguments += ["--max-total-tokens", "512", "--max-running-requests", "8", "--context-length", "64"]
     arguments += ["--enable-lora", "--lora-paths", f"a={a}", f"b={b}"]
@@ -176,13 +185,16 @@ def measure(runner) -> dict[str, float]:
         return (logits - own).abs().max().item()
 
     found = {"base": off(plain), "selected": off(world.forward(selected))}
-    executor._chunks = lambda batch: [MagicMock(start=0, end=0, reused=np.ones(1, bool))]
+    executor._chunks = lambda batch: [mock.MagicMock(start=0, end=0, reused=np.ones(1, bool))]
     executor._run = lambda input_ids, positions, batch, chunks: asking(input_ids, positions, batch)
     found["failed"] = off(world.forward(executor.forward))
-    route, adapters.route = adapters.route, lambda *_: None
-    found["unrouted"] = off(world.forward(selected))
-    adapters.route = route
+    # Without us the tests above must fail.
+    with mock.patch.object(adapters, "restore", lambda *_: None):
+        found["unrestored"] = off(world.forward(executor.forward))
+    with mock.patch.object(adapters, "route", lambda *_: None):
+        found["unrouted"] = off(world.forward(selected))
 
+    world.forward()  # the prompts' own KV again
     world.decode()
     own = world.forward()
     chosen = {0: np.array([2, 5]), 2: np.array([1])}

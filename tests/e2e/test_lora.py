@@ -140,7 +140,7 @@ def test_an_audit_runs_under_the_adapter_of_its_request(server, one):
     deadline = time.monotonic() + 60
     while series not in (found := server.metrics()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert found[DONE] > before and found[series] < 1e-3
+    assert found[DONE] > before and found[series] < ROUNDING / 10
 
 
 def test_an_adapter_under_the_name_of_another_borrows_nothing_of_it(server):

@@ -74,7 +74,7 @@ def unload_lora_adapter(original, scheduler, recv_req):
     """
     auditor = _auditor(scheduler.tree_cache)
     if auditor is not None and recv_req.lora_id and auditor.unloaded(recv_req.lora_id):
-        batches = (scheduler.running_batch, scheduler.last_batch, scheduler.cur_batch)
+        batches = (scheduler.running_batch, scheduler.last_batch)  # the one in flight is the last
         reqs = [req for batch in batches if batch is not None for req in batch.reqs]
         for req in (*scheduler.waiting_queue, scheduler.chunked_req, *reqs):
             if req is not None and auditor.owns(req.rid):

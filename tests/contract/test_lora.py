@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -80,12 +82,19 @@ def test_a_running_audit_goes_on_without_an_adapter_that_is_unloaded():
     auditor = SimpleNamespace(owns=lambda rid: rid == "audit", unloaded=lambda name: asked.append(name) or True)
     scheduler = SimpleNamespace(
         tree_cache=SimpleNamespace(pipeline=SimpleNamespace(auditor=auditor)),
-        **{"waiting_queue": [other], "chunked_req": None, "running_batch": None, "cur_batch": None},
+        **{"waiting_queue": [other], "chunked_req": None, "running_batch": None},
         last_batch=SimpleNamespace(reqs=[ours]),
     )
     told = SimpleNamespace(lora_id="gone")
     audit_adapter.unload_lora_adapter(lambda *_: order.append((ours.lora_id, other.lora_id)), scheduler, told)
     assert asked == ["gone"] and order == [(None, "gone")], "before the adapter is taken away"
+
+
+def test_the_scheduler_keeps_requests_where_we_look_for_an_audit():
+    """Attributes of an instance, so no seam can name them."""
+    source = inspect.getsource(Scheduler)
+    for name in ("waiting_queue", "chunked_req", "running_batch", "last_batch"):
+        assert f"self.{name} = " in source or f"self.{name}: " in source
 
 
 def test_what_was_not_read_of_lora_is_refused_by_name(monkeypatch):

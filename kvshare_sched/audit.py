@@ -87,6 +87,7 @@ class Auditor:
         self._captures: dict[str, Capture] = {}
         self._counts: OrderedDict[str, int] = OrderedDict()  # approximate requests of each tenant
         self._number = 0
+        self._unloaded: str | None = None  # audit whose adapter went while it ran
 
     # ---- settings of a request ----
 
@@ -209,6 +210,18 @@ class Auditor:
         """Whether a request is the reference now running."""
         return self.running is not None and self.running.rid == rid
 
+    def unloaded(self, lora_id: str | None) -> bool:
+        """An adapter goes, and the audits that wait for it; True when the running one needs it: its reference must do
+        without, and is worth nothing."""
+        kept = [audit for audit in self.queue if audit.namespace.lora_id != lora_id]
+        for _ in range(len(self.queue) - len(kept)):
+            self._count("dropped", "unloaded")
+        self.queue = deque(kept)
+        if self.running is None or self.running.namespace.lora_id != lora_id:
+            return False
+        self._unloaded = self.running.rid
+        return True
+
     def timed(self, now_s: float, tokens: int) -> None:
         """The reference that is running has computed so many tokens; it shows how far the cost model can be trusted."""
         if self._metrics is not None:
@@ -217,6 +230,9 @@ class Auditor:
     def settle(self, reference: Sequence[Sequence[float]] | None, best: Sequence[int] | None) -> None:
         """The reference has run: rows as `compare` takes them, None when it failed. Never raises."""
         audit, found = self.running, None
+        if audit.rid == self._unloaded:
+            self._end("dropped", "unloaded")
+            return
         try:
             if reference is not None:
                 found = compare(audit.capture.rows, reference, audit.ids, best)

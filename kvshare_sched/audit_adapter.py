@@ -67,6 +67,21 @@ def stream_output(original, streamer, reqs, *args, **kwargs):
     return original(streamer, reqs, *args, **kwargs)
 
 
+def unload_lora_adapter(original, scheduler, recv_req):
+    """Around `Scheduler.unload_lora_adapter`: SGLang waits for clients' requests under an adapter, but knows no audits.
+
+    A request whose adapter is gone would stop the scheduler.
+    """
+    auditor = _auditor(scheduler.tree_cache)
+    if auditor is not None and recv_req.lora_id and auditor.unloaded(recv_req.lora_id):
+        batches = (scheduler.running_batch, scheduler.last_batch)  # the one in flight is the last
+        reqs = [req for batch in batches if batch is not None for req in batch.reqs]
+        for req in (*scheduler.waiting_queue, scheduler.chunked_req, *reqs):
+            if req is not None and auditor.owns(req.rid):
+                req.lora_id = None
+    return original(scheduler, recv_req)
+
+
 def _auditor(cache) -> Auditor | None:
     pipeline = getattr(cache, "pipeline", None)
     return None if pipeline is None else pipeline.auditor
@@ -120,5 +135,6 @@ def hooks() -> dict[str, object]:
     """Seam -> hook body, all of kind AROUND."""
     return {
         "sglang.srt.managers.scheduler.Scheduler.on_idle": on_idle,
+        "sglang.srt.managers.scheduler.Scheduler.unload_lora_adapter": unload_lora_adapter,
         "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output": stream_output,
     }

@@ -21,7 +21,7 @@ class Answer:
 
     ttft_s: float  # request sent -> first token received
     token_ids: tuple[int, ...]
-    text: str
+    text: str  # empty from a server without a tokenizer
     report: dict  # meta_info["kvshare"], empty when the server has none
     prompt_tokens: int
     tpot_s: float | None = None  # mean time between two tokens after the first; None for one token
@@ -65,7 +65,7 @@ class Client:
         return Answer(
             first - started,
             tuple(last["output_ids"]),
-            last["text"],
+            last.get("text", ""),
             meta.get("kvshare", {}),
             meta["prompt_tokens"],
             (latest - first) / (count - 1) if count > 1 else None,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 
+from kvshare_sched import adapters
 from kvshare_sched.evidence import Witness
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.session import Session
@@ -55,6 +56,7 @@ class DecodeRepair:
                 session.repair = None
             batch.residual_stream = None
             self.model_runner.attn_backend.init_forward_metadata(batch)
+            adapters.restore(self.model_runner, batch)
             return self._ordinary(input_ids, positions, batch, *args, **kwargs)
 
     def _run(self, waiting, input_ids, positions, batch, *args, **kwargs):
@@ -126,6 +128,7 @@ class DecodeRepair:
         view.global_num_token_non_padded_cpu, view.num_token_non_padded = len(owner), None  # all rows are real
         view.residual_stream = None
         self.model_runner.attn_backend.init_forward_metadata(view)
+        adapters.route(self.model_runner, batch, view, owner)
         return view, own
 
     @contextlib.contextmanager
@@ -134,6 +137,7 @@ class DecodeRepair:
 
         def restore(module, args):
             _, hidden, head, _, *rest = args
+            adapters.restore(self.model_runner, batch)
             return (input_ids, hidden[index], head, batch, *rest)
 
         hook = self.model.logits_processor.register_forward_pre_hook(restore)

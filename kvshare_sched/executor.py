@@ -25,6 +25,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
 from kvshare_kernels import on_device, top_k
+from kvshare_sched import adapters
 from kvshare_sched.assembly import Assembly
 from kvshare_sched.decode_repair import DecodeRepair
 from kvshare_sched.evidence import Chunk, Witness, by_head
@@ -79,6 +80,7 @@ class Executor:
                 self.pipeline.abandon(chunk.session)
             forward_batch.residual_stream = None
             self.model_runner.attn_backend.init_forward_metadata(forward_batch)
+            adapters.restore(self.model_runner, forward_batch)
         output = self._ordinary(input_ids, positions, forward_batch, *args, **kwargs)
         for chunk in chunks:
             chunk.session.cells += (chunk.end - chunk.start) * len(self.layers)
@@ -121,11 +123,11 @@ class Executor:
 
         keep = np.ones(input_ids.shape[0], bool)  # rows that run
         looked = self._first_pass(input_ids, positions, batch, chunks)
-        for chunk in chunks:
-            if chunk.session.strategy.upfront is not None and not chunk.everything:
+        choosing = [c for c in chunks if not c.everything]
+        for chunk in choosing:
+            if chunk.session.strategy.upfront is not None:
                 self._choose_upfront(chunk, keep)
-            elif chunk.session.strategy.first_pass is not None and not chunk.everything:
-                self._choose_by_consensus(chunk, keep, looked.get(chunk.row), spread[chunk.row])
+        self._choose_by_consensus([c for c in choosing if c.session.strategy.first_pass], keep, looked, spread)
         view, rows = self._enter(input_ids, positions, batch, keep)
         cells, layer = np.zeros(len(chunks), np.int64), 0
         for check_layer, choosing in sorted(share_at.items(), key=lambda item: item[0]):
@@ -136,10 +138,11 @@ class Executor:
                 self._span(view, layer, check_layer + 1)
             cells += self._rows_of(chunks, keep) * (check_layer + 1 - layer)
             layer = check_layer + 1
-            for (chunk, share), score in zip(choosing, scores, strict=True):
+            picked = top_k(scores, [chunk.budget(share) for chunk, share in choosing])
+            for (chunk, _), best in zip(choosing, picked, strict=True):
                 running = chunk.candidates[keep[chunk.candidates]]
                 keep[running] = False
-                keep[running[top_k(score, chunk.budget(share)).cpu().numpy()]] = True
+                keep[running[best]] = True
             if layer < depth:
                 view, rows = self._narrow(view, rows, keep, batch, input_ids, positions, layer)
         cells += self._rows_of(chunks, keep) * (depth - layer)
@@ -186,16 +189,24 @@ class Executor:
             self._span(view, 0, layers.stop)
         return {c.row: m for c, m in zip(looking, mass, strict=True)}
 
-    def _choose_by_consensus(self, chunk: Chunk, keep: np.ndarray, looked, spread: torch.Tensor) -> None:
-        """The choice of a strategy that knows its donors' spread and, if there was a first pass, who is looked at."""
-        candidates = chunk.candidates
-        at = on_device(candidates - chunk.row, spread)
-        alpha = torch.ones_like(spread[at]) if looked is None else looked[at + chunk.start]
-        work = 1 + (at + chunk.start) / self.even_at
-        evidence = Evidence(at + chunk.start, alpha=alpha, spread=self.witness.over_ranks(spread)[at], work=work)
-        score = chunk.session.strategy.score(evidence)
-        keep[candidates] = False
-        keep[candidates[top_k(score, chunk.budget(chunk.session.config.ratio)).cpu().numpy()]] = True
+    def _choose_by_consensus(self, chunks: list[Chunk], keep: np.ndarray, looked, spread) -> None:
+        """The choices of strategies that know their donors' spread and, if there was a first pass, who is looked at.
+
+        looked, spread: by a chunk's first row.
+        """
+        scores = []
+        for chunk in chunks:
+            far, seen = spread[chunk.row], looked.get(chunk.row)
+            at = on_device(chunk.candidates - chunk.row, far)
+            alpha = torch.ones_like(far[at]) if seen is None else seen[at + chunk.start]
+            work = 1 + (at + chunk.start) / self.even_at
+            evidence = Evidence(at + chunk.start, alpha=alpha, spread=self.witness.over_ranks(far)[at], work=work)
+            scores.append(chunk.session.strategy.score(evidence))
+        budgets = [chunk.budget(chunk.session.config.ratio) for chunk in chunks]
+        for chunk, best in zip(chunks, top_k(scores, budgets), strict=True):
+            candidates = chunk.candidates
+            keep[candidates] = False
+            keep[candidates[best]] = True
 
     def _enter(self, input_ids, positions, batch, keep):
         """The batch as layer 0 shall see it, and its rows in the original batch (None for all)."""
@@ -244,6 +255,7 @@ class Executor:
             _, hidden, head, _, *rest = args
             full = hidden.new_zeros((input_ids.shape[0], hidden.shape[1]))
             full[index] = hidden
+            adapters.restore(self.model_runner, batch)  # for a vocabulary head with an adapter
             return (input_ids, full, head, batch, *rest)
 
         hooks = [self.model.logits_processor.register_forward_pre_hook(restore)]
@@ -305,4 +317,5 @@ class Executor:
             self.row_attention.plan(view, request[first])
         else:
             self.model_runner.attn_backend.init_forward_metadata(view)
+        adapters.route(self.model_runner, batch, view, request)
         return view

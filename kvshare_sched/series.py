@@ -31,6 +31,7 @@ AUDIT_RESULTS = (
     ("dropped", "no_answer"),  # nothing was sent that could be compared
     ("dropped", "queue_full"),
     ("dropped", "no_room"),
+    ("dropped", "unloaded"),
     ("dropped", "lost"),  # aborted
 )
 SPANS = ("first", "sent")

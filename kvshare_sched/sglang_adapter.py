@@ -25,8 +25,12 @@ REPORT_KEY = "kvshare"  # in customized_info, meta_info and custom_params
 
 
 def namespace_of(req) -> Namespace:
-    """The boundary SGLang's own tree keeps for this request."""
-    return Namespace(req.extra_key, req.cache_salt, req.lora_id)
+    """The boundary SGLang's own tree keeps for this request.
+
+    SGLang has appended the adapter's id to its extra_key; here it stands for itself, so that owners can be read.
+    """
+    key = (req.extra_key or "").removesuffix(req.lora_id or "")
+    return Namespace(key, req.cache_salt, req.lora_id)
 
 
 def tokens_of(req) -> np.ndarray:

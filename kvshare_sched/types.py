@@ -29,6 +29,11 @@ class Namespace:
         for name in ("extra_key", "cache_salt", "lora_id"):
             object.__setattr__(self, name, getattr(self, name) or None)
 
+    @property
+    def tree_key(self) -> str | None:
+        """The extra_key of SGLang's tree, which has the adapter's id appended to the request's."""
+        return (self.extra_key or "") + (self.lora_id or "") or None
+
 
 _HEADER = 32  # tokens before a text that are no context worth the name
 _BARE = (

@@ -83,4 +83,4 @@ class DonorTree:
 def radix_key(donor: Donor) -> RadixKey:
     """The donor's tokens as the tree's key, in the donor's namespace."""
     tokens = array("q", np.ascontiguousarray(donor.tokens, dtype=np.int64).tobytes())
-    return RadixKey(tokens, donor.namespace.extra_key, cache_salt=donor.namespace.cache_salt)
+    return RadixKey(tokens, donor.namespace.tree_key, cache_salt=donor.namespace.cache_salt)

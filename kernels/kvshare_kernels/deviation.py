@@ -3,6 +3,9 @@
 Plain twins: `reference.token_deviation`, `reference.attention_column_mass`. On a GPU the first two are Triton kernels.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from kvshare_kernels.device import in_triton
@@ -49,11 +52,19 @@ def attention_column_mass(
     return mass / heads
 
 
-def top_k(score: torch.Tensor, budget: int) -> torch.Tensor:
-    """Ascending indices of the `budget` highest scores above zero; ties go to the lower index.
+def top_k(scores: Sequence[torch.Tensor], budgets: Sequence[int]) -> list[np.ndarray]:
+    """Of each score (float [n]) the ascending indices, int64 on the host, of the `budget` highest above zero.
 
-    score float [n]. Fewer indices come back when fewer scores are positive: a token without deviation is
-    never worth recomputing (KVShare 4.4, step 5). The stable sort makes all ranks choose alike.
+    Ties go to the lower index. Fewer indices come back when fewer scores are positive: a token without deviation is
+    never worth recomputing (KVShare 4.4, step 5). The stable sort makes all ranks choose alike. However many scores,
+    the host waits for the device once.
     """
-    order = torch.sort(score, descending=True, stable=True).indices[:budget]
-    return order[score[order] > 0].sort().values
+    if not scores:
+        return []
+    picked = []
+    for score, budget in zip(scores, budgets, strict=True):
+        highest, order = (x[:budget] for x in torch.sort(score, descending=True, stable=True))
+        picked.append(torch.where(highest > 0, order, -1))
+    found = torch.cat(picked).cpu().numpy()
+    parts = np.split(found, np.cumsum([len(p) for p in picked])[:-1])
+    return [np.sort(part[part >= 0]) for part in parts]

@@ -29,6 +29,12 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         # Stock takes 80 % of the device for the KV pool; on a CPU the device is everybody's main memory.
         if server_args.mem_fraction_static is None and server_args.max_total_tokens is None:
             server_args.mem_fraction_static = _MEMORY_SHARE
+        server_args.lora_backend = "torch_native"  # the others are Triton's
+
+    def init_backend(self) -> None:
+        from kvshare_sched.cpu import pinning
+
+        pinning.install()
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND

@@ -18,7 +18,7 @@ from kvshare_sched.client import Client
 from .results import Results
 from .shapes import SHAPES
 
-_DOCUMENT = 1000
+_DOCUMENT = 1000  # tokens, less in short prompts: one document alone could not move
 _REPEATS = 3
 _PAIRS = 20
 
@@ -38,8 +38,9 @@ class Prompts:
 
     def moved(self, tokens: int) -> tuple[list[int], list[int]]:
         """A donor's prompt, and one with the same documents the other way round."""
-        documents = [self.ids(_DOCUMENT) for _ in range((tokens - 100) // _DOCUMENT)]
-        rest = tokens - 64 - _DOCUMENT * len(documents)
+        size = min(_DOCUMENT, tokens // 8)
+        documents = [self.ids(size) for _ in range((tokens - 100) // size)]
+        rest = tokens - 64 - size * len(documents)
         return [*self.ids(40), *sum(documents, [])], [*self.ids(rest), *sum(reversed(documents), []), *self.ids(64)]
 
 
@@ -52,8 +53,9 @@ def pair(client: Client, prompts: Prompts, tokens: int, share: float):
     return off, client.generate(prompt, new_tokens=1, namespace=here, reuse={"ratio": share})
 
 
-def shape(results: Results, name: str, lengths: list[int], shares: list[float], folder: Path) -> None:
-    """One server, all lengths and ratios, then prompts without a match."""
+def shape(results: Results, name: str, lengths: list[int], shares: list[float], folder: Path) -> bool:
+    """One server, all lengths and ratios, then prompts without a match; whether every prompt reused what it could."""
+    reused = True
     config = folder / "models" / name / "config.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(SHAPES[name].config()))
@@ -72,6 +74,7 @@ def shape(results: Results, name: str, lengths: list[int], shares: list[float], 
                 report = pairs[-1][1].report
                 if report.get("outcome") != "reused":
                     results.add(model_shape=name, engine="sglang", prompt_tokens=tokens, ratio=share, report=report)
+                    reused = False
                     continue
                 off, on = (statistics.median(p[i].ttft_s for p in pairs) for i in (0, 1))
                 rows = report["reused"] + report["fresh"]
@@ -96,12 +99,17 @@ def shape(results: Results, name: str, lengths: list[int], shares: list[float], 
                 model_shape=name, engine="sglang", prompt_tokens=tokens, ratio=None, pairs=_PAIRS,
                 nothing_matches_on_over_off=quartiles[1], quartiles=[round(x, 4) for x in quartiles],
             )  # fmt: skip
+    return reused
 
 
-def run(results: Results, shapes: list[str], lengths: list[int], shares: list[float], folder: Path) -> None:
-    """Every shape; one whose server does not come up leaves its reason and not the others."""
+def run(results: Results, shapes: list[str], lengths: list[int], shares: list[float], folder: Path) -> bool:
+    """Every shape, and whether all went well; one whose server does not come up leaves its reason and not the others
+    out."""
+    well = True
     for name in shapes:
         try:
-            shape(results, name, lengths, shares, folder)
+            well &= shape(results, name, lengths, shares, folder)
         except Exception as why:
             results.add(model_shape=name, engine="sglang", failed=f"{type(why).__name__}: {why}"[-2000:])
+            well = False
+    return well

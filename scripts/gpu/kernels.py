@@ -131,7 +131,7 @@ def scoring(results: Results, name: str, tokens: int, device: str, ceiling: floa
     for kernel, work, moved in (
         ("token_deviation", lambda: token_deviation(fresh, cached), read),
         ("attention_column_mass, 16 rows", lambda: attention_column_mass(q, cached, last, 0.1), read),
-        ("top_k", lambda: top_k(score, tokens // 10), 4.0 * tokens),
+        ("top_k", lambda: top_k([score], [tokens // 10]), 4.0 * tokens),
     ):
         spent = seconds(work, device=device)
         results.add(

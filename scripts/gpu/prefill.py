@@ -113,7 +113,7 @@ class Decoder:
                 keys = self.keys[i][self.tokens :]
                 mass += attention_column_mass(heard[-1], keys, positions[-_VOICES:], scale)
         mass[positions] = 0
-        chosen = top_k(mass, int(share * (self.tokens - len(fresh)))).cpu().numpy()
+        (chosen,) = top_k([mass], [int(share * (self.tokens - len(fresh)))])
         rows, positions = self._plan(kernel, np.union1d(fresh, chosen))
         hidden = self.embedded[positions]
         for i in range(depth - 1):

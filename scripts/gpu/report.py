@@ -7,6 +7,7 @@ from pathlib import Path
 
 TIMES = ("model_shape", "engine", "prompt_tokens", "ratio", "ttft_off_s", "ttft_on_s", "ttft_ratio", "share_of_limit")
 KERNELS = ("model_shape", "kernel", "rows", "layout", "prompt_tokens", "seconds", "gb_s", "tflop_s", "share_of_limit")
+QUALITY = ("model_shape", "kl_mean", "kl_max", "kl_noise_floor", "first_token_agreement")
 
 
 def table(columns: tuple[str, ...], rows: list[dict]) -> list[str]:
@@ -31,7 +32,7 @@ def write(folder: Path) -> None:
         lines += [f"## {stage['stage']} ({whole})", "", f"{stage['device']['name']}; {versions}", ""]
         lines += [f"{name}: {value}  " for name, value in stage["settings"].items()] + [""]
         results = stage["results"]
-        for columns, mark in ((TIMES, "ttft_ratio"), (KERNELS, "kernel")):
+        for columns, mark in ((TIMES, "ttft_ratio"), (KERNELS, "kernel"), (QUALITY, "kl_mean")):
             if rows := [r for r in results if mark in r]:
                 lines += [*table(columns, rows), ""]
         others = [r for r in results if "ttft_ratio" not in r and "kernel" not in r]

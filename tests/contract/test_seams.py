@@ -59,7 +59,7 @@ LAYERS = (
     {"kvshare_sched.session", "kvshare_sched.lending"},
     {"kvshare_sched.pipeline"},
     {"kvshare_sched.peek"},
-    {"kvshare_sched.evidence"},
+    {"kvshare_sched.evidence", "kvshare_sched.adapters"},
     {"kvshare_sched.decode_repair", "kvshare_sched.assembly", "kvshare_sched.gpu.attention"},
     {
         "kvshare_sched.executor",
@@ -102,6 +102,7 @@ TOUCHES_SGLANG = {
     "kvshare_sched.cpu.platform",
     "kvshare_sched.cpu.attention",
     "kvshare_sched.cpu.products",
+    "kvshare_sched.cpu.pinning",
     "kvshare_sched.gpu.attention",
     "radix_ext.backend",
     "radix_ext.donors",
@@ -137,6 +138,23 @@ def test_seam(seam):
 def test_a_missing_seam_is_told_readably():
     assert "not found" in Seam("sglang.srt.no_such_module.thing").problem()
     assert "without no_such_parameter" in Seam("sglang.srt.plugins.load_plugins", ("no_such_parameter",)).problem()
+
+
+def test_the_scheduler_waits_for_whole_prefill_passes():
+    """Requests' tables of slots are read until a reuse batch ends; a backend that lets the scheduler write them as soon
+    as its own plan is made must not be accepted. Their source is read, since FA3's cannot be imported without a GPU."""
+    from sglang.srt.layers.attention import base_attn_backend
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    ends = base_attn_backend.AttentionBackend.shared_read_ends(None, ForwardMode.EXTEND)
+    assert ends is base_attn_backend.SharedReadEnds.UNKNOWN
+    files = {"fa3": "flashattention_backend", "flashinfer": "flashinfer_backend", "triton": "triton_backend"}
+    assert set(support._GPU_BACKENDS) == set(files)
+    for file in files.values():
+        tree = ast.parse(Path(base_attn_backend.__file__).with_name(f"{file}.py").read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert "init_forward_metadata" in defined
+        assert not defined & {"shared_read_ends", "_snapshot_prefill_shared_reads", "resolve_prefill_shared_read_ends"}
 
 
 def test_another_sglang_version_is_refused_by_name(monkeypatch):

@@ -1,5 +1,6 @@
 """Deviation, attention mass and the choice of tokens; the bound they stand for, checked by perturbation."""
 
+import numpy as np
 import pytest
 import torch
 from samples import DIMS, DTYPES, HEADS, SIZES, scattered, tensor
@@ -179,8 +180,8 @@ def test_any_change_of_values_stays_within_the_sum_of_scores(attention, seed):
     ],
 )
 def test_top_k_by_hand(score, budget, wanted, device):
-    chosen = top_k(torch.tensor(score, dtype=torch.float32, device=device), budget)
-    assert chosen.dtype == torch.int64 and chosen.tolist() == wanted
+    (chosen,) = top_k([torch.tensor(score, dtype=torch.float32, device=device)], [budget])
+    assert chosen.dtype == np.int64 and chosen.tolist() == wanted
 
 
 @pytest.mark.parametrize("n", [19, 65, 257, 1000])
@@ -189,10 +190,20 @@ def test_top_k_equals_a_stable_sort(n, values, device):
     score = torch.randint(-2, values, (n,), generator=torch.Generator().manual_seed(n)).float()
     for budget in (1, n // 10, n):
         order = sorted((i for i in range(n) if score[i] > 0), key=lambda i: (-score[i].item(), i))
-        assert top_k(score.to(device), budget).tolist() == sorted(order[:budget])
+        assert top_k([score.to(device)], [budget])[0].tolist() == sorted(order[:budget])
 
 
 def test_larger_budgets_contain_smaller_ones(device):
     score = torch.randint(0, 9, (65,), generator=torch.Generator().manual_seed(1)).float().to(device)
-    sets = [set(top_k(score, budget).tolist()) for budget in range(66)]
+    sets = [set(found.tolist()) for found in top_k([score] * 66, range(66))]
     assert all(a <= b for a, b in zip(sets, sets[1:], strict=False)) and len(sets[7]) == 7
+
+
+def test_many_choices_are_one_wait(device, monkeypatch):
+    """Each answer is its own, whatever its length, and all of them come to the host in one piece."""
+    fetched, fetch = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(len(self)) or fetch(self))
+    scores = [torch.tensor(x, device=device) for x in ([3.0, 0.0, 4.0], [], [-1.0], [1.0, 1.0, 1.0])]
+    found = top_k(scores, [2, 5, 1, 2])
+    assert [x.tolist() for x in found] == [[0, 2], [], [], [0, 1]] and fetched == [5]
+    assert top_k([], []) == []

@@ -1,10 +1,12 @@
 """`make gpu-check` without a GPU: its stages run through on a tiny shape, and a run that is cut keeps what it has."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ import gpu_check  # noqa: E402
 from gpu import prefill, report  # noqa: E402
 from gpu.results import Results  # noqa: E402
 from gpu.shapes import SHAPES  # noqa: E402
+
+from kvshare_sched.errors import SetupError  # noqa: E402
 
 
 @pytest.mark.triton
@@ -57,6 +61,74 @@ def test_every_stage_that_can_run_here_leaves_its_file(tmp_path):
         assert found["complete"] and {"device", "versions", "settings", "results"} <= set(found)
         assert all(wanted <= set(result) for result in found["results"]) and found["results"]
     assert "plain torch" in (tmp_path / "report.md").read_text() and (tmp_path / "ttft.png").exists()
+
+
+@pytest.mark.parametrize("trouble", [None, "no server", "no reuse"])
+def test_the_engine_stage_tells_by_its_exit_code_and_goes_on(trouble, tmp_path, monkeypatch):
+    pytest.importorskip("requests")  # the operators' tests also run with torch and Triton alone
+    from gpu import engine
+
+    started = []
+
+    @contextlib.contextmanager
+    def running(arguments, **kwargs):
+        started.append(json.loads(Path(arguments[1], "config.json").read_text())["num_hidden_layers"])
+        if trouble == "no server" and len(started) == 1:
+            raise SetupError("the server did not come up")
+        yield "http://nowhere"
+
+    def generate(client, prompt, *, new_tokens, namespace, reuse=True):
+        outcome = "reused" if reuse and not (trouble == "no reuse" and len(started) == 1) else "ordinary"
+        report = {"outcome": outcome, "reused": 1900, "fresh": 100, "recomputed": 190, "layers": 3}
+        report["computed_cells"] = 870
+        return SimpleNamespace(ttft_s=0.2 if outcome == "reused" else 1.0, report=report)
+
+    monkeypatch.setattr(engine.server, "running", running)
+    monkeypatch.setattr(engine.Client, "generate", generate)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    shapes = ["llama-3.1-8b", "tiny"]
+    options = SimpleNamespace(shapes=shapes, tokens=[2048], ratios=[0.1], out=tmp_path / "out", device="cuda")
+    with pytest.raises(SystemExit) if trouble else contextlib.nullcontext():
+        gpu_check.stage("engine", options)
+    found = json.loads((tmp_path / "out" / "engine.json").read_text())
+    measured = [r for r in found["results"] if "ttft_ratio" in r]
+    assert started == [32, 3] and found["complete"] is (trouble is None)
+    assert [r["model_shape"] for r in measured] == (shapes if trouble is None else ["tiny"])
+    assert all(set(report.TIMES) <= set(r) for r in measured)
+    assert (measured[-1]["ttft_ratio"], measured[-1]["share_of_limit"]) == (5.0, 0.725)
+    if trouble == "no server":
+        assert "did not come up" in found["results"][0]["failed"]
+
+
+@pytest.mark.parametrize("tokens", [2048, 8192, 32768, 65536])
+def test_prompts_of_the_engine_stage_are_documents_in_another_order(tokens):
+    pytest.importorskip("requests")
+    from gpu.engine import Prompts
+
+    donor, prompt = Prompts(10**9).moved(tokens)
+    assert len(prompt) == tokens
+    where = {token: i for i, token in enumerate(donor)}
+    shifts = [where[t] - i for i, t in enumerate(prompt) if t in where]
+    assert len(shifts) > 0.85 * tokens and len(set(shifts)) >= 6 and 0 not in shifts
+
+
+def test_nothing_run_is_no_success(tmp_path, monkeypatch):
+    command = ["gpu_check.py", "--stages", "ops", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu_check.main() == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_demo_is_a_result_like_the_others(tmp_path):
+    demo = json.loads((ROOT / "benchmarks" / "demo.json").read_text())
+    found = gpu_check.of_demo(demo)
+    assert set(report.TIMES) <= set(found) and found["kl_mean"] == demo["kl_mean"]
+    assert (found["ttft_ratio"], found["ratio"]) == (demo["ttft_ratio_median"], 0.18)
+    results = Results(tmp_path, "quality", {})
+    results.add(**found)
+    report.write(tmp_path)
+    told = (tmp_path / "report.md").read_text()
+    assert f"| {demo['model']} | sglang |" in told and f"| {demo['model']} | {demo['kl_mean']:.4g} |" in told
+    assert (tmp_path / "ttft.png").exists()
 
 
 def test_a_run_that_is_cut_keeps_what_it_has(tmp_path):

@@ -42,7 +42,7 @@ def mixed(device, page=1) -> PagedRows:
 
 def inputs(rows, heads, dim, dtype, device):
     n = len(rows.positions)
-    q = tensor(n, heads[0], dim, seed=1, dtype=dtype, device=device)
+    q = tensor(n, heads[0] + 2 * heads[1], dim, seed=1, dtype=dtype, device=device)[:, : heads[0]]  # as layers have it
     return q, *(tensor(SLOTS, heads[1], dim, seed=s, dtype=dtype, device=device) for s in (2, 3))
 
 

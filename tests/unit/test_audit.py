@@ -239,6 +239,24 @@ def test_what_does_not_fit_is_dropped_and_the_next_one_runs():
     assert world.results() == {("dropped", "no_room"): 1, ("done", "none"): 1}
 
 
+def test_audits_end_with_their_adapter():
+    world = World()
+
+    def finish(adapter: str | None) -> None:
+        world.forward(rid := world.begin(), 100, Q[0])
+        world.auditor.finished(rid, Namespace("here", None, adapter), range(100), [1])
+
+    for adapter in ("a", "b", "a", None):
+        finish(adapter)
+    assert not world.auditor.unloaded("b"), "none is running"
+    audit = world.auditor.start(10_000)
+    assert audit.namespace.lora_id == "a" and not world.auditor.unloaded("c")
+    assert world.auditor.unloaded("a")
+    world.auditor.settle(*reference_for(audit.ids, P[:1]))  # of the base model: says nothing
+    assert world.run(P).namespace.lora_id is None and not world.auditor.queue
+    assert world.results() == {("dropped", "unloaded"): 3, ("done", "none"): 1}
+
+
 def test_audits_cost_at_most_their_share_of_the_prompts_and_one_more():
     world, spent = World(audit_share=0.1), 0
     for i in range(200):  # every tenant is new, so every request is chosen

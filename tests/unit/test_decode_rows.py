@@ -36,7 +36,10 @@ class Pool:
 def runner():
     table = torch.randperm(CELLS, generator=torch.Generator().manual_seed(2))[: 4 * 100].view(4, 100).int()
     made = SimpleNamespace(
-        req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=Pool(), dtype=torch.float32
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        token_to_kv_pool=Pool(),
+        dtype=torch.float32,
+        lora_manager=None,
     )
     made.attn_backend = PortableCpuAttention(made)
     made.model = SimpleNamespace(model=SimpleNamespace(layers=[None] * 4))

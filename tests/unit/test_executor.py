@@ -8,6 +8,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
 from kvshare_sched.executor import Executor, even_at
+from kvshare_sched.strategies import get
 
 
 def test_attention_costs_what_the_products_cost_at_that_position():
@@ -34,3 +35,22 @@ def test_the_last_layer_goes_on_with_the_rows_that_are_read(scored_from, capture
         capture_hidden_mode=capture,
     )
     assert Executor._read_rows(batch, np.array([0, 3, 4, 7])).tolist() == read
+
+
+def test_requests_of_a_batch_choose_for_themselves_and_the_host_waits_once(monkeypatch):
+    """By the spread where nobody was asked, by who is looked at where a first pass ran; rows that must run stay."""
+    fetched, fetch = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(len(self)) or fetch(self))
+
+    def chunk(row, start, candidates, budget):
+        session = types.SimpleNamespace(strategy=get("consensus"), config=types.SimpleNamespace(ratio=0.2))
+        given = {"session": session, "row": row, "start": start, "candidates": np.array(candidates)}
+        return types.SimpleNamespace(**given, budget=lambda share: budget)
+
+    chunks = [chunk(0, 10, [1, 2, 3], 1), chunk(5, 2, [5, 6, 8], 2)]
+    spread = {0: torch.tensor([9.0, 1.0, 3.0, 2.0, 9.0]), 5: torch.ones(5)}
+    looked = {5: torch.tensor([9.0, 9.0, 0.5, 0.1, 9.0, 0.7, 9.0])}  # by position: rows 5 to 9 stand at 2 to 6
+    keep = np.ones(10, bool)
+    executor = types.SimpleNamespace(even_at=1e9, witness=types.SimpleNamespace(over_ranks=lambda sums: sums))
+    Executor._choose_by_consensus(executor, chunks, keep, looked, spread)
+    assert np.flatnonzero(keep).tolist() == [0, 2, 4, 5, 7, 8, 9] and fetched == [3]

@@ -1,11 +1,15 @@
-"""`kl_divergence` of two tables of log-probabilities, with one bucket for everything not listed."""
+"""The client: what it reads of a stream; `kl_divergence` of two tables of log-probabilities, with one bucket for
+everything not listed."""
 
+import contextlib
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from kvshare_sched.client import kl_divergence
+from kvshare_sched.client import Client, kl_divergence
 
 
 def logs(*rows):
@@ -60,3 +64,16 @@ def test_rounding_above_one_stays_finite():
 def test_tables_of_different_shape_are_refused(p, q):
     with pytest.raises(ValueError):
         kl_divergence(p, q)
+
+
+@pytest.mark.parametrize("text", [{"text": "Yes."}, {}], ids=["tokenizer", "--skip-tokenizer-init"])
+def test_a_stream_is_read_with_and_without_text(text, monkeypatch):
+    """A server without a tokenizer, as `make gpu-check` starts it for dummy weights, sends ids alone."""
+    chunk = text | {"output_ids": [5], "meta_info": {"prompt_tokens": 3, "kvshare": {"outcome": "reused"}}}
+    lines = [f"data: {json.dumps(chunk)}".encode(), b"", b"data: [DONE]"]
+    client = Client("http://nowhere")
+    response = contextlib.nullcontext(SimpleNamespace(iter_lines=lambda: iter(lines)))
+    monkeypatch.setattr(client, "post", lambda path, body, **kwargs: response)
+    answer = client.generate([1, 2, 3], new_tokens=1, namespace="a")
+    assert (answer.token_ids, answer.text, answer.prompt_tokens) == ((5,), text.get("text", ""), 3)
+    assert answer.report == {"outcome": "reused"} and answer.tpot_s is None

@@ -123,11 +123,11 @@ class Executor:
 
         keep = np.ones(input_ids.shape[0], bool)  # rows that run
         looked = self._first_pass(input_ids, positions, batch, chunks)
-        choosing = [c for c in chunks if not c.everything]
-        for chunk in choosing:
+        partly = [c for c in chunks if not c.everything]
+        for chunk in partly:
             if chunk.session.strategy.upfront is not None:
                 self._choose_upfront(chunk, keep)
-        self._choose_by_consensus([c for c in choosing if c.session.strategy.first_pass], keep, looked, spread)
+        self._choose_by_consensus([c for c in partly if c.session.strategy.first_pass], keep, looked, spread)
         view, rows = self._enter(input_ids, positions, batch, keep)
         cells, layer = np.zeros(len(chunks), np.int64), 0
         for check_layer, choosing in sorted(share_at.items(), key=lambda item: item[0]):

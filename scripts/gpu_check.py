@@ -98,7 +98,11 @@ def within(limit_s: float, command: list[str], environment: dict[str, str], *, p
 
     Its processes end with it, or the next stage would share the GPU with them; they have patience_s to stop a server.
     """
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def heeds_interrupts() -> None:  # else it inherits what a shell gives to what it starts in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=heeds_interrupts)
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:

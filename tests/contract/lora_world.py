@@ -1,4 +1,4 @@
-"""A tiny Llama under SGLang's real LoRA manager, layers and batches, on a CPU; run as a program by `test_lora_layers.py`.
+"""A tiny Llama under SGLang's real LoRA manager, layers and batches, on a CPU; `test_lora_layers.py` runs it.
 
 It lives in a process of its own, because SGLang publishes its settings once for a process. Prints one JSON object.
 """

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +158,15 @@ def test_outcomes_are_counted_as_they_come(tmp_path):
     assert "test_bad" in failed["failed"] and (whole["exit_code"], whole["passed"], whole["failed"]) == (1, 1, 1)
 
 
-def test_a_stage_out_of_time_leaves_nobody_behind(tmp_path):
+@pytest.fixture
+def in_the_background():
+    """What a shell starts there is told to ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_stage_out_of_time_leaves_nobody_behind(in_the_background, tmp_path):
     """Its processes may clean up first: a server lives in a session of its own, and is stopped by its parent."""
     child = f"trap 'touch {tmp_path}/tidied; exit' INT; touch {tmp_path}/there; sleep 600"
     stubborn = f"trap '' INT; echo $$ > {tmp_path}/pid; for i in $(seq 600); do sleep 1; done"

@@ -65,7 +65,10 @@ LAYER = SimpleNamespace(layer_id=0, tp_q_head_num=HEADS, qk_head_dim=DIM, scalin
 def rows():
     table = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(1)).view(3, 40).int()
     runner = SimpleNamespace(
-        attn_backend=Ordinary(), req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=Pool()
+        attn_backend=Ordinary(),
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        token_to_kv_pool=Pool(),
+        lora_manager=None,
     )
     return attention.RowAttention(runner, Kernel())
 

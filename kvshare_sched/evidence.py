@@ -18,8 +18,8 @@ from kvshare_kernels import attention_column_mass, on_device, token_deviation
 from kvshare_sched.session import Session
 from kvshare_sched.strategies.base import Check, Evidence
 
-# Deviation below this share of the value's own norm is arithmetic noise: such a token is not worth a row.
 _VOICES = 16  # last fresh rows whose attention counts; measured, all of them were no better
+# Deviation below this share of the value's own norm is arithmetic noise: such a token is not worth a row.
 _NOISE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 

@@ -55,9 +55,8 @@ def _error(kernel, rows: PagedRows, dtype: torch.dtype, device) -> float:
     def random(*size):
         return torch.randn(size, generator=generator).to(device, dtype)
 
-    q = random(len(rows.positions), kernel.heads + 2 * kernel.groups, kernel.dim)[
-        :, : kernel.heads
-    ]  # as layers have it
+    qkv = random(len(rows.positions), kernel.heads + 2 * kernel.groups, kernel.dim)
+    q = qkv[:, : kernel.heads]  # not contiguous, as layers have it
     k, v = (random(len(rows.kv_indices), kernel.groups, kernel.dim) for _ in range(2))
     kernel.plan(rows)
     found, _ = kernel.run(q, k, v, kernel.dim**-0.5)

@@ -12,6 +12,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
 
 from kvshare_kernels import attend_last, attend_rows, plan_rows
 from kvshare_kernels.ragged_attention import RowPlan
@@ -56,6 +57,8 @@ class PortableCpuAttention(AttentionBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.dtype = model_runner.dtype  # of queries
+        ranks, config = get_parallel().attn_tp_size, model_runner.model_config
+        self.shared = config.num_attention_heads // ranks // config.get_num_kv_heads(ranks)  # query heads per key head
         self.rows: list[_Rows] = []
         self.decode: _Decode | None = None
 
@@ -81,29 +84,27 @@ class PortableCpuAttention(AttentionBackend):
             if stop > start:
                 slots = _as_range(self.req_to_token[request, :last].long())
                 positions = batch.positions[start:stop].long()
-                plan.append(_Rows(start, stop, slots, plan_rows(positions, self.dtype)))
+                plan.append(_Rows(start, stop, slots, plan_rows(positions, self.shared, self.dtype)))
             start = stop
         return plan
 
     def _plan_decode(self, batch) -> _Decode | None:
-        """Batch all rows unless that would more than double the keys read: by padding, or by repeating a request's.
+        """Batch the rows of several requests unless padding would more than double the keys read.
 
-        Then every request gets a pass of its own, with the repair rows that stand before its new token.
+        Else every request gets a pass of its own, with the repair rows that stand before its new token: a batch would
+        gather a request's keys once for each of its rows, and a pass need not gather keys that stand in one range.
         """
-        lengths = batch.seq_lens.long()
-        if lengths.numel() == 0:
+        lengths, requests = batch.seq_lens.long(), batch.req_pool_indices
+        rows = lengths.numel()
+        repeated = bool((requests[1:] == requests[:-1]).any())
+        if rows <= 1 or repeated or rows * int(lengths.max()) > 2 * int(lengths.sum()):
+            self.rows = self._passes(batch, [1] * rows, (lengths - 1).tolist())
             return None
         longest = int(lengths.max())
-        last_row = torch.ones_like(lengths, dtype=torch.bool)  # of its request
-        last_row[:-1] = batch.req_pool_indices[1:] != batch.req_pool_indices[:-1]
-        needed = int(lengths[last_row].sum())
-        if lengths.numel() * longest > 2 * needed:
-            self.rows = self._passes(batch, [1] * lengths.numel(), (lengths - 1).tolist())
-            return None
         slots = self.req_to_token[batch.req_pool_indices.long(), :longest].long()
         exists = torch.arange(longest) < lengths[:, None]
         slots.masked_fill_(~exists, 0)  # rows beyond a request's end hold stale slots
-        padded = needed < lengths.numel() * longest
+        padded = not exists.all()
         return _Decode(slots, exists[:, None, None] if padded else None)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):

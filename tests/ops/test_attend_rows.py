@@ -19,7 +19,7 @@ def inputs(rows, keys, heads, dim, dtype, device):
 
 def attended(q, k, v, positions, scale):
     out = torch.full_like(q, float("nan"))
-    attend_rows(q, k, v, plan_rows(positions, q.dtype), scale, out)
+    attend_rows(q, k, v, plan_rows(positions, q.shape[1] // k.shape[1], q.dtype), scale, out)
     return out
 
 
@@ -108,7 +108,8 @@ def test_packed_batch_out_of_one_pool(dtype, device):
         slots = order[used : used + length]
         stop = start + len(positions)
         where = positions.to(device)
-        attend_rows(q[start:stop], pool_k[slots], pool_v[slots], plan_rows(where, q.dtype), scale, out[start:stop])
+        plan = plan_rows(where, heads // groups, dtype)
+        attend_rows(q[start:stop], pool_k[slots], pool_v[slots], plan, scale, out[start:stop])
         wanted = reference.position_masked_attention(q[start:stop], pool_k[slots], pool_v[slots], where, scale)
         assert same(out[start:stop], wanted, dtype)
         start, used = stop, used + length

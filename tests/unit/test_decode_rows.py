@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.runtime_context import get_parallel
 
 from kvshare_kernels.reference import position_masked_attention
 from kvshare_sched.config import KVShareConfig
@@ -38,10 +39,12 @@ def runner():
     made = SimpleNamespace(
         req_to_token_pool=SimpleNamespace(req_to_token=table),
         token_to_kv_pool=Pool(),
+        model_config=SimpleNamespace(num_attention_heads=H, get_num_kv_heads=lambda ranks: G),
         dtype=torch.float32,
         lora_manager=None,
     )
-    made.attn_backend = PortableCpuAttention(made)
+    with get_parallel().override(attn_tp_size=1):
+        made.attn_backend = PortableCpuAttention(made)
     made.model = SimpleNamespace(model=SimpleNamespace(layers=[None] * 4))
     return made
 

@@ -98,6 +98,19 @@ def test_repair_rows_stand_before_their_request(runner):
 @pytest.mark.parametrize("chosen", [CHOSEN, {1: np.arange(64)}, {0: np.array([0]), 1: np.array([80])}])
 def test_every_row_sees_the_keys_up_to_its_own_position(runner, chosen):
     view, own = with_rows(runner, decode_batch(runner), chosen)
+    check_attention(runner, view)
+
+
+@pytest.mark.parametrize("few", [89, 90])
+def test_short_requests_share_a_product_and_long_ones_do_not(runner, few, monkeypatch):
+    monkeypatch.setattr("kvshare_sched.cpu.attention._FEW_KEYS", few)
+    batch = decode_batch(runner)
+    runner.attn_backend.init_forward_metadata(batch)
+    assert (runner.attn_backend.decode is None) == (max(LENGTH) > few)
+    check_attention(runner, batch)
+
+
+def check_attention(runner, view):
     rows = view.batch_size
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(rows, heads * D, generator=generator) for heads in (H, G, G))

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from kvshare_sched.series import (
     DEFAULT,
-    KL_BUCKETS,
     LEFT,
     ORIGINS,
     OTHER,
@@ -69,7 +68,7 @@ def _made(registry, *, edge: bool) -> dict:
     kinds = {"counter": prom.Counter, "gauge": prom.Gauge, "histogram": prom.Histogram, "summary": prom.Summary}
     made = {}
     for s in (s for s in SERIES if s.edge is edge):
-        more = {"gauge": {"multiprocess_mode": f"live{s.across}"}, "histogram": {"buckets": KL_BUCKETS}}.get(s.kind, {})
+        more = {"gauge": {"multiprocess_mode": f"live{s.across}"}, "histogram": {"buckets": s.buckets}}.get(s.kind, {})
         made[s.name] = kinds[s.kind](PREFIX + s.name, s.help, s.labels, **more, **where)
         for values in s.values if s.labels else ():
             made[s.name].labels(*values)
@@ -184,6 +183,10 @@ class QueueMetrics(_Recorder):
         self._add("order_passes", 1, result)
         self._add("order_seconds", seconds)
         self._set("oldest_wait_seconds", oldest_s)
+
+    def started(self, account: str, waited: float) -> None:
+        """Count a request that starts after `waited` tokens of service."""
+        self._see("tenant_wait_tokens", waited, self._named(account))
 
     def emptied(self) -> None:
         """Nobody waits any longer."""

@@ -45,6 +45,7 @@ PREFIX = "kvshare_"
 OTHER, DEFAULT = "other", "(default)"  # tenants beyond the first, and requests without an extra_key
 TENANTS = 32  # named in labels; the others share one value
 KL_BUCKETS = (0.0001, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3)  # nats, around the default target 0.03
+WAIT_BUCKETS = (512, 1024, 2048, 4096, 6144, 8192, 16384, 65536)  # tokens of service, around a quantum and a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Series:
     values: tuple[tuple[str, ...], ...] = ()
     across: str = "sum"  # gauges, over the engines of one server: sum, max, min
     edge: bool = False  # counted by the process that talks HTTP, where a tenants file is in force
+    buckets: tuple[float, ...] = ()  # of a histogram
 
     @property
     def samples(self) -> tuple[str, ...]:
@@ -136,6 +138,7 @@ SERIES = (
         "audit_kl_nats",
         "KL(full || approximate) of audited answers: first token, mean over those sent.",
         labels=("strategy", "span"),
+        buckets=KL_BUCKETS,
     ),
     Series("summary", "tenant_audit_kl_nats", "The same by tenant.", ("tenant", "span")),
     Series(
@@ -172,6 +175,13 @@ SERIES = (
         **_with(**{"for": WAITS}),
     ),
     Series("gauge", "oldest_wait_seconds", "How long the oldest waiting request has waited.", across="max"),
+    Series(
+        "histogram",
+        "tenant_wait_tokens",
+        "What the engine served between a request's arrival and its start, in tokens of prefill.",
+        **_TENANT,
+        buckets=WAIT_BUCKETS,
+    ),
     Series("gauge", "tenant_deficit_tokens", "What a tenant may still spend before others come.", **_TENANT),
     Series("gauge", "tenant_service_tokens", "Tokens charged to a tenant since it came.", **_TENANT),
     # with a tenants file

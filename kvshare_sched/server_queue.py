@@ -259,6 +259,7 @@ class ServerQueue:
         run = self._running[req.rid] = _Running(req, len(req.output_ids), session, prompt, until)
         hidden = req.prefix_len if session is not None and session.hidden else 0  # it pays for what it found, too
         self.queue.start(req.rid, hidden + self._work(req))
+        self._tell_start(self.queue.running[req.rid])
         if prompt is not None:
             self._computing(req.rid, run)
 
@@ -313,6 +314,14 @@ class ServerQueue:
                 self._metrics.observe(self.queue, order)
         except Exception:
             logger.exception("kvshare: the queue's metrics could not be written")
+
+    def _tell_start(self, run) -> None:
+        """Likewise, of a request that starts."""
+        if self._metrics is not None:
+            try:
+                self._metrics.started(run.account, run.waited)
+            except Exception:
+                logger.exception("kvshare: the queue's metrics could not be written")
 
     def _failed(self, what: str) -> None:
         """Forget what is known of the requests; the next pass reads SGLang's list anew."""

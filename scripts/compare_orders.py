@@ -67,20 +67,16 @@ def simulate(profile, policy: str, requests: list[Request]) -> dict:
     """Figures of one run; waits of the tenant `cold` in tokens of service too."""
     config = KVShareConfig()
     queue = report.queue_of(policy, config, profile)
-    came, waited, charges, running = {}, {}, [0.0], [0]
-    add, start = queue.add, queue.start
+    waited, charges, running = {}, [0.0], [0]
+    start = queue.start
 
-    def watched_add(waiting, *rest):
-        came[waiting.rid] = waiting.since
-        add(waiting, *rest)
-
-    def watched_start(rid, work, computing=()):
-        waited[rid] = queue.clock - came[rid]
+    def watched(rid, work, computing=()):
         start(rid, work, computing)
+        waited[rid] = queue.running[rid].waited
         charges.append(work)
         running.append(len(queue.running))
 
-    queue.add, queue.start = watched_add, watched_start
+    queue.start = watched
     done = [d for d in Engine(profile, queue).run(requests) if d.due_s >= START_S]
     first = np.array([d.first_s - d.due_s for d in done])
     offered = len(done) / (max(d.due_s for d in done) - START_S)

@@ -67,8 +67,10 @@ def against(
     for trace in chosen:
         due, before = traces.retimed(trace.requests, rate), counts.scraped(url)
         rows = Player(url, sockets=sockets).play(due, trace.name)
-        write_rows(out / "raw" / f"server-{trace.name}.jsonl", _about("server", trace.name, None, 0), rows)
-        settings["prompt_tokens"][trace.name] = counts.sources(rows, before, counts.scraped(url))
+        after = counts.scraped(url)
+        about = _about("server", trace.name, None, 0, counts.longest_waits(before, after))
+        write_rows(out / "raw" / f"server-{trace.name}.jsonl", about, rows)
+        settings["prompt_tokens"][trace.name] = counts.sources(rows, before, after)
         _save(out, settings)
     return settings["prompt_tokens"]
 
@@ -141,10 +143,12 @@ def _points(player: Player, one: Setup, trace: Trace, settings: dict, repeat: in
     for load, part in zip(loads, points, strict=True):
         _settle(player.client.url)
         rate = load * (rough if load == loads[0] else settings["capacity_rps"][trace.name])
+        before = counts.scraped(player.client.url)
         rows = player.play(traces.retimed(part, rate), f"{title} load {load:g}")
+        waits = counts.longest_waits(before, counts.scraped(player.client.url))
         settings["capacity_rps"].setdefault(trace.name, _throughput(rows))
         name = f"{one.name}-{trace.name}-{load:g}-{repeat}.jsonl"
-        write_rows(out / "raw" / name, _about(one.name, trace.name, load, repeat), rows)
+        write_rows(out / "raw" / name, _about(one.name, trace.name, load, repeat, waits), rows)
     if one.reuses and repeat == 0:
         asked = points[0][:: max(1, len(points[0]) // _QUALITY_PROMPTS)][:_QUALITY_PROMPTS]
         settings["quality"].setdefault(trace.name, {})[one.name] = quality.divergence(player, asked)
@@ -162,8 +166,8 @@ def _at_once(requests: Sequence[Request]) -> tuple[Request, ...]:
     return tuple(replace(r, at_s=0.0) for r in requests)
 
 
-def _about(setup_name: str, workload: str, load: float | None, repeat: int) -> dict:
-    return {"setup": setup_name, "workload": workload, "load": load, "repeat": repeat}
+def _about(setup_name: str, workload: str, load: float | None, repeat: int, waits: dict) -> dict:
+    return {"setup": setup_name, "workload": workload, "load": load, "repeat": repeat, "waits": waits}
 
 
 def _prepare(out: Path, settings: dict, sockets: int, slo: Slo) -> None:

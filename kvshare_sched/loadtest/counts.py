@@ -1,14 +1,19 @@
-"""Do a server's counts agree? Prompt tokens as this client sent them, as the answers report them, and on /metrics."""
+"""What a server counts on /metrics during a run.
+
+Prompt tokens: they must agree with what this client sent and with what the answers report. Waits in tokens of service,
+which no client can know.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import requests as http
 
 from kvshare_sched.live import Samples, State, samples_in
 from kvshare_sched.loadtest.statistics import answered
-from kvshare_sched.series import ORIGINS
+from kvshare_sched.series import ORIGINS, PREFIX
 
 
 def scraped(url: str) -> Samples:
@@ -31,6 +36,29 @@ def sources(rows: Sequence[dict], before: Samples, after: Samples) -> dict:
         "answers": {o: sum(r[o] for r in done) for o in ORIGINS},
         "metrics": {o: round(state.grown("prompt_tokens", origin=o)) for o in ORIGINS} if known else None,
     }
+
+
+def longest_waits(before: Samples, after: Samples) -> dict[str, float | None]:
+    """Tenant -> tokens of service that none of its requests waited longer for: a bucket's edge, None beyond the last.
+
+    Empty for a server without our order.
+    """
+    then = _waits(before)
+    longest: dict[str, float | None] = {}
+    for tenant, now in _waits(after).items():
+        grown = {edge: count - then.get(tenant, {}).get(edge, 0) for edge, count in now.items()}
+        if most := max(grown.values()):
+            edge = min(edge for edge, count in grown.items() if count == most)
+            longest[tenant] = edge if math.isfinite(edge) else None
+    return longest
+
+
+def _waits(samples: Samples) -> dict[str, dict[float, float]]:
+    """Tenant -> edge -> requests that waited no longer."""
+    found: dict[str, dict[float, float]] = {}
+    for labels, count in samples.get(f"{PREFIX}tenant_wait_tokens_bucket", ()):
+        found.setdefault(labels["tenant"], {})[float(labels["le"])] = count
+    return found
 
 
 def agree(found: dict) -> bool:

@@ -24,6 +24,7 @@ class Run:
     load: float | None  # in capacities of the first set-up; None: the trace's own pace on a server given by URL
     repeat: int
     rows: list[dict]
+    waits: dict | None = None  # tenant -> `counts.longest_waits`
 
 
 def write_all(folder: Path) -> str:
@@ -53,7 +54,10 @@ def assemble(settings: dict, runs: Sequence[Run]) -> dict:
     order = list(settings.get("setups", ())) or ["server"]
     runs = sorted(runs, key=lambda r: (r.workload, r.load or 0, order.index(r.setup), r.repeat))
     measured = [
-        {"setup": r.setup, "workload": r.workload, "load": r.load, "repeat": r.repeat, **figures(r.rows, slo)}
+        {
+            **{"setup": r.setup, "workload": r.workload, "load": r.load, "repeat": r.repeat, "waits": r.waits or {}},
+            **figures(r.rows, slo),
+        }
         for r in runs
     ]
     names = list(dict.fromkeys(r.workload for r in runs))
@@ -190,7 +194,9 @@ _NOTES = (
 )
 _COLUMNS = (
     "Times in seconds; TTFT and end to end count from when a request was due. Goodput: requests a second that met the "
-    "SLO. Jain: over the tenants' service rates (tokens for each second in the system), 1 when all are equal."
+    "SLO. Jain: over the tenants' service rates (tokens for each second in the system), 1 when all are equal. "
+    "Waited: none of a tenant's requests waited for more, in tokens of service between arrival and start (the bound in "
+    "kvshare_sched/scheduling/README.md is one in these tokens); only where our order is in force."
 )
 
 
@@ -221,7 +227,8 @@ def _runs(runs: Sequence[dict]) -> str:
 
 
 def _tenants(runs: Sequence[dict]) -> str:
-    head = ("workload", "load", "set-up", "tenant", "requests", "TTFT mean", "p95", "tokens /s in system", "reused")
+    head = ("workload", "load", "set-up", "tenant", "requests", "TTFT mean", "p95", "longest", "waited")
+    head += ("tokens /s in system", "reused")
     body = [
         (
             r["workload"],
@@ -231,6 +238,8 @@ def _tenants(runs: Sequence[dict]) -> str:
             part["requests"],
             f"{part['ttft_s']['mean']:.2f}",
             f"{part['ttft_s']['p95']:.2f}",
+            f"{part['ttft_s']['max']:.2f}",
+            _waited(r["waits"], name),
             f"{part['service_rate']:.0f}",
             f"{part['origins']['reused_share']:.0%}",
         )
@@ -239,3 +248,10 @@ def _tenants(runs: Sequence[dict]) -> str:
         for name, part in list(r["tenants"].items())[:10]
     ]
     return table(head, body)
+
+
+def _waited(waits: dict, tenant: str) -> str:
+    """At most so many tokens of service; nothing where our order is not in force."""
+    if tenant not in waits:
+        return ""
+    return "more" if waits[tenant] is None else f"{waits[tenant]:g}"

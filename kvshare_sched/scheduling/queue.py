@@ -42,6 +42,7 @@ class Order:
 class _Running:
     waiting: Waiting
     account: str
+    waited: float  # tokens of service
     charged: float = 0.0  # prefill
 
 
@@ -100,7 +101,7 @@ class Queue:
         hits = self.table.hits(rid)
         waiting, account = self._take(rid)
         self._hit(hits, waiting.prompt)
-        self.running[rid] = _Running(waiting, account)
+        self.running[rid] = _Running(waiting, account, self.clock - waiting.since)
         self.duplicates.computing(rid, computing)
         self.charge(rid, work)
 

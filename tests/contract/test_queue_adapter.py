@@ -364,12 +364,21 @@ def test_clients_that_gave_up_while_they_waited_are_forgotten_when_the_engine_is
     assert world.go() == ["c", "b"] and world.queue.failures == 0
 
 
+def test_a_wait_is_what_the_engine_served_meanwhile():
+    world, registry = World(quantum=100), CollectorRegistry()
+    world.queue._metrics = ShareMetrics(registry=registry).queue
+    world.waiting = [Req("a", 300), Req("b", 500)]
+    assert world.go() == ["a", "b"] and world.queue.failures == 0
+    waits = [registry.get_sample_value(f"kvshare_tenant_wait_tokens_{n}", {"tenant": "t"}) for n in ("count", "sum")]
+    assert waits == [2, 300], "the second waited while the first was served"
+
+
 def test_metrics_that_cannot_be_written_change_nothing():
     class Broken:
         def ordered(self, *_):
             raise OSError("disk full")
 
-        observe = ordered
+        observe = started = ordered
 
     world = World()
     world.queue._metrics = Broken()

@@ -88,6 +88,8 @@ def move(m: ShareMetrics, n: int) -> None:
     for result in ORDER_RESULTS:
         m.queue.ordered(result, 0.002, float(n))
     m.queue.observe(queue, Order(("r0",), np.arange(3), held=1))
+    for tenant in TENANTS:
+        m.queue.started(tenant or "(default)", 900.0 * (n % 5))
 
 
 def move_edge(m: EdgeMetrics, n: int) -> None:

@@ -231,6 +231,20 @@ def test_counts_of_a_server_without_our_series_agree_with_nothing(tmp_path, caps
         run.run(url=None, out=str(tmp_path), server_arguments=[], **ASKED | {"check_counts": True})
 
 
+def test_longest_waits_are_those_of_this_run_and_end_at_a_bucket():
+    def scrape(**buckets) -> dict:
+        edges = ("512.0", "4096.0", "+Inf")
+        found = [
+            ({"tenant": t, "le": e}, n) for t, counted in buckets.items() for e, n in zip(edges, counted, strict=True)
+        ]
+        return {"kvshare_tenant_wait_tokens_bucket": found}
+
+    before = scrape(cold=(0, 2, 2), hot=(5, 5, 9), gone=(1, 1, 1))
+    after = scrape(cold=(7, 9, 9), hot=(5, 6, 10), gone=(1, 1, 1), new=(0, 0, 3))
+    assert counts.longest_waits(before, after) == {"cold": 512, "hot": 4096, "new": None}
+    assert counts.longest_waits({}, {}) == {}
+
+
 def test_no_server_is_one_readable_line(tmp_path):
     with pytest.raises(SetupError, match="no SGLang server answers"):
         run.run(url="http://127.0.0.1:9", out=str(tmp_path), server_arguments=[], **ASKED)

@@ -139,15 +139,16 @@ def test_ten_thousand_tenants_leave_a_bounded_number_of_series(metrics, edge, re
         metrics.record(reports()[n % 3], tenant)
         metrics.audits.measured(tenant, "blend", found)
         metrics.audits.controlled(tenant, 0.2, False)
+        metrics.queue.started(tenant, 700)
         edge.refused(tenant, "tokens")
     shown = {s.name: set() for s in SERIES if "tenant" in s.labels}
     for family in registry.collect():
         if (name := family.name.removeprefix(PREFIX)) in shown:
             shown[name] |= {sample.labels["tenant"] for sample in family.samples}
-    assert len(shown) == 9 and all(TENANTS <= len(names) <= TENANTS + 1 for names in shown.values()), shown
+    assert len(shown) == 10 and all(TENANTS <= len(names) <= TENANTS + 1 for names in shown.values()), shown
     seen = samples(registry)
     assert seen["kvshare_tenant_requests_total", ("ordinary", OTHER)] > 3000
-    assert len(seen) < 800
+    assert len(seen) < 1200
 
 
 def test_one_gauge_does_not_stand_for_many_tenants(metrics, registry):
@@ -280,6 +281,14 @@ def test_the_queue_shows_who_waits_for_what_and_names_few_tenants(metrics, regis
     assert {v for k, v in seen.items() if k[0] == "kvshare_waiting_requests"} == {0.0}
 
 
+def test_waits_are_shown_in_tokens_of_service_by_tenant(metrics, registry):
+    for account, waited in (("a", 0), ("a", 5000), ("b", 100_000)):
+        metrics.queue.started(account, waited)
+    seen = samples(registry)
+    within = {t: seen["kvshare_tenant_wait_tokens_bucket", ("6144.0", t)] for t in ("a", "b")}
+    assert within == {"a": 2, "b": 0} and seen["kvshare_tenant_wait_tokens_sum", ("a",)] == 5000
+
+
 @pytest.mark.parametrize("multiprocess", [False, True])
 def test_an_account_that_was_dropped_shows_no_deficit_of_old(metrics, registry, monkeypatch, multiprocess):
     if multiprocess:  # as under SGLang: nothing can be taken out of those files
@@ -334,6 +343,7 @@ def fill(metrics) -> None:
     queue = Queue("fair", Accounts(1000.0), 8)
     queue.add(Waiting("r", "a", 0, 10, 10.0))
     metrics.queue.observe(queue, Order(("r",), np.arange(1)))
+    metrics.queue.started("a", 700)
 
 
 _ENGINE = """

@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--traces", type=_names, default=["rag", "agents"], help=f"of {','.join(WORKLOADS)}; or files")
     bench.add_argument("--requests", type=int, help="length of a workload drawn anew; of a file, its first requests")
     bench.add_argument("--arrivals", choices=sorted(ARRIVALS), default="poisson", help="of a workload drawn anew")
-    bench.add_argument("--rate", type=float, help="requests a second with --url; without it the pace of the trace")
+    bench.add_argument("--rate", type=float, help="requests a second, instead of --loads or a trace's own pace")
     bench.add_argument("--loads", type=_numbers, default=[2.0, 4.0], help="1: what the first set-up completes, swamped")
     bench.add_argument("--seconds", type=float, default=75, help="what the first set-up needs for one load")
     bench.add_argument("--repeats", type=int, default=1, help="of everything; more than one shows the spread")

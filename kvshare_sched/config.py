@@ -70,7 +70,7 @@ class KVShareConfig:
 
     scheduler: str = _setting("fair", "", "who of the waiting comes first; off: SGLang's own", choices=SCHEDULERS)
     quantum: int = _setting(
-        4096, "tokens", "service a tenant gets ahead of the others; large: locality, small: fairness", low=1
+        2048, "tokens", "service a tenant gets ahead of the others; large: locality, small: fairness", low=1
     )
     tenant_weights: str = _setting("", "name=number,...", "shares of tenants; the others have 1")
     unknown_tenants: int = _setting(
@@ -83,7 +83,7 @@ class KVShareConfig:
         low=0.0,
         high=0.9,
     )
-    duplicate_wait: int = _setting(8, "passes", "waits for a running request with the same text; 0: none", low=0)
+    duplicate_wait: int = _setting(32, "passes", "waits for a running request with the same text; 0: none", low=0)
 
     tenants_file: str = _setting("", "path", "who may use the server; without it extra_key is the tenant")
     library: str = _setting("", "path", "folder of the documents lent to share groups; without it there are none")

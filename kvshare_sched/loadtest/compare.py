@@ -79,6 +79,7 @@ def compare(
     names: Sequence[str],
     chosen: Sequence[Trace],
     *,
+    rate: float | None,
     loads: Sequence[float],
     seconds: float,
     repeats: int,
@@ -90,6 +91,7 @@ def compare(
 ) -> None:
     """Start each set-up, play all traces at all loads, leave the raw rows in `out/raw`.
 
+    rate: requests a second at load 1; without it the first set-up says what load 1 is.
     seconds: how long the first set-up needs for one load point, which sets the number of requests.
     """
     path = Path(model_path) if model_path else model.prepare()
@@ -99,6 +101,7 @@ def compare(
     setups = [setup(n, ["--model-path", str(path), *server_arguments, *pool, *seed]) for n in names]
     settings = {
         "model": path.name,
+        "rate": rate,
         "loads": list(loads),
         "seconds": seconds,
         "repeats": repeats,
@@ -133,7 +136,7 @@ def _points(player: Player, one: Setup, trace: Trace, settings: dict, repeat: in
     title = f"{one.name} {trace.name}"
     warm_up = traces.parts(trace, [])[0]
     rows = player.play(_at_once(warm_up), f"{title} warm-up")
-    rough = settings["rough_capacity_rps"].setdefault(trace.name, _throughput(rows))
+    rough = settings["rough_capacity_rps"].setdefault(trace.name, settings["rate"] or _throughput(rows))
     loads = sorted(settings["loads"], reverse=True)
     room = (len(trace.requests) - len(warm_up) - 2 * _SINGLES) // len(loads) - 4  # a session is never torn
     count = max(_FEWEST, min(round(rough * settings["seconds"]), room))

@@ -154,11 +154,16 @@ def _introduction(settings: dict) -> str:
     lines = [f"- `{name}`: `{' '.join(s['arguments'])}`" for name, s in settings["setups"].items()]
     base = next(iter(settings["setups"]))
     capacity = ", ".join(f"{w} {rate:.3f}" for w, rate in settings["capacity_rps"].items())
+    pace = (
+        f"All are offered {rate:g} requests a second, of which `{base}` completed so many: {capacity}. "
+        if (rate := settings.get("rate"))
+        else f"Load 1 is what `{base}` completes when swamped (requests a second: {capacity}); the highest load is a "
+        "multiple of what it completed of the warm-up, sent at once. "
+    )
     return (
         f"Set-ups, one after the other on the same traces ({settings['machine']}):\n\n" + "\n".join(lines) + "\n\n"
-        f"Load 1 is what `{base}` completes when swamped (requests a second: {capacity}); the highest load is a "
-        "multiple of what it completed of the warm-up, sent at once. "
-        f"Arrivals are open loop, {settings['sockets']} sockets, the cache is warm, and warm-up requests do not count."
+        f"{pace}Arrivals are open loop, {settings['sockets']} sockets, the cache is warm, and warm-up requests do not "
+        "count."
     )
 
 

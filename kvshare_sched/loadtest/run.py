@@ -32,9 +32,10 @@ def run(
     """Measure and write `raw/`, `report.json`, `report.md` and the pictures into `out`; returns the exit code.
 
     url: a server that is running, else `setups` are started one after the other (`compare.setup`). names: workloads
-    or trace files. An interruption reports what was measured. check_counts: with a `url`, the exit code is 1 unless
-    the prompt tokens sent, those the answers report and those on /metrics are the same. Raises ConfigError for what
-    does not exist, SetupError when a server does not come up.
+    or trace files. rate: requests a second; without it the pace of the trace, or `loads`. An interruption reports what
+    was measured. check_counts: with a `url`, the exit code is 1 unless the prompt tokens sent, those the answers report
+    and those on /metrics are the same. Raises ConfigError for what does not exist, SetupError when a server does not
+    come up.
     """
     if check_counts and not url:
         raise ConfigError("--check-counts needs --url: the counts compared are those of one server that is running.")
@@ -49,7 +50,8 @@ def run(
             compare.compare(
                 setups,
                 chosen,
-                loads=loads,
+                rate=rate,
+                loads=[1.0] if rate else loads,
                 seconds=seconds,
                 repeats=repeats,
                 sockets=sockets,

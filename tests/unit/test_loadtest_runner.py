@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -174,7 +177,7 @@ def test_a_refused_request_is_a_row_and_hurts_nobody_else(fake):
 def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "_QUIET_S", 0.0)
     trace = Trace("small", tuple(request(i, float(i)) for i in range(40)), warm_up=3)
-    settings = {"model": "m", "machine": "here", "loads": [1.0, 4.0], "seconds": 0.01}
+    settings = {"model": "m", "machine": "here", "rate": None, "loads": [1.0, 4.0], "seconds": 0.01}
     settings |= {"setups": {"a": {"arguments": []}, "b": {"arguments": []}}}
     settings |= {"rough_capacity_rps": {}, "capacity_rps": {}, "quality": {}}
     compare._prepare(tmp_path, settings, 8, SLO)
@@ -196,6 +199,24 @@ def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch):
     assert span["a-small-1-0"] == pytest.approx(7 / capacity) and span["a-small-4-0"] == pytest.approx(7 / rough / 4)
     report.write_all(tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["summary"]["small"]["reused_share"] == 0
+
+
+def test_a_comparison_at_a_rate_that_is_given(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_QUIET_S", 0.0)
+    monkeypatch.setattr(compare.server, "running", lambda *_, **__: contextlib.nullcontext(fake.url))
+    monkeypatch.setattr(compare, "_points", functools.partial(_without_quality, compare._points))
+    trace = Trace("small", tuple(request(i, float(i)) for i in range(40)), warm_up=3)
+    monkeypatch.setattr(run, "load_trace", lambda *_: trace)
+    asked = {"url": None, "out": str(tmp_path), "server_arguments": []}
+    assert run.run(**ASKED | asked | {"setups": ["stock", "kvshare"], "model_path": "m", "seconds": 0.05}) == 0
+    runs = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert [r["requests"] for r in runs] == [20, 20] and {r["load"] for r in runs} == {1.0}
+    assert [r["offered_rps"] for r in runs] == pytest.approx([400.0, 400.0])
+    assert "All are offered 400 requests a second" in (tmp_path / "report.md").read_text()
+
+
+def _without_quality(points, player, one, *rest):
+    points(player, replace(one, reuses=False), *rest)
 
 
 ASKED = {"setups": [], "names": ["rag"], "requests": 20, "arrivals": "bursty", "rate": 400.0, "loads": [], "seconds": 1}

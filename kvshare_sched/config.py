@@ -83,7 +83,7 @@ class KVShareConfig:
         low=0.0,
         high=0.9,
     )
-    duplicate_wait: int = _setting(32, "passes", "waits for a running request with the same text; 0: none", low=0)
+    duplicate_wait: int = _setting(8, "passes", "waits for a running request with the same text; 0: none", low=0)
 
     tenants_file: str = _setting("", "path", "who may use the server; without it extra_key is the tenant")
     library: str = _setting("", "path", "folder of the documents lent to share groups; without it there are none")

@@ -20,9 +20,6 @@ from kvshare_sched.cpu import has_nvidia_gpu
 from kvshare_sched.errors import SetupError
 
 SMALL_POOL = ("--max-total-tokens", "60000")  # of the embedded model; SGLang's own choice takes most of the memory
-# Tokens of a prefill pass on a CPU. SGLang's 4,096 take 10 s on two cores, and nobody has a first token before the end
-# of its pass; 20 reusing prompts at once take the same 20 s either way.
-_CPU_CHUNK = "1024"
 _READY_S = 600  # model load and pool allocation included
 
 
@@ -43,7 +40,6 @@ def fill_defaults(arguments: Sequence[str]) -> list[str]:
         default("--device", "cpu")
         default("--dtype", "float32")
         default("--attention-backend", "kvshare_cpu")
-        default("--chunked-prefill-size", _CPU_CHUNK)
     return filled
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from kvshare_sched import server
 
-CPU = {"--device": "cpu", "--dtype": "float32", "--attention-backend": "kvshare_cpu", "--chunked-prefill-size": "1024"}
+CPU = {"--device": "cpu", "--dtype": "float32", "--attention-backend": "kvshare_cpu"}
 
 
 @pytest.fixture(params=[False, True], ids=["cpu", "gpu"])

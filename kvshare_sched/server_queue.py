@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from kvshare_sched.audit import tenant_of
+from kvshare_sched.metrics import QueueMetrics
 from kvshare_sched.peek import Peek, Prompt
 from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.order import Waiting
@@ -259,7 +261,8 @@ class ServerQueue:
         run = self._running[req.rid] = _Running(req, len(req.output_ids), session, prompt, until)
         hidden = req.prefix_len if session is not None and session.hidden else 0  # it pays for what it found, too
         self.queue.start(req.rid, hidden + self._work(req))
-        self._tell_start(self.queue.running[req.rid])
+        started = self.queue.running[req.rid]
+        self._record(lambda metrics: metrics.started(started.account, started.waited))
         if prompt is not None:
             self._computing(req.rid, run)
 
@@ -301,27 +304,25 @@ class ServerQueue:
             run.repaired += new
 
     def _tell(self, result: str, seconds: float = 0.0, order: Order | None = None) -> None:
+        def write(metrics) -> None:
+            now_s = time.perf_counter()
+            if result == "emptied":
+                metrics.emptied()
+            else:
+                metrics.ordered(result, seconds, now_s - next(iter(self._came_s.values()), now_s))
+            if order is not None:
+                metrics.observe(self.queue, order)
+
+        self._record(write)
+
+    def _record(self, write: Callable[[QueueMetrics], None]) -> None:
         """Metrics, on one rank only: they must change nothing."""
         if self._metrics is None:
             return
         try:
-            now_s = time.perf_counter()
-            if result == "emptied":
-                self._metrics.emptied()
-            else:
-                self._metrics.ordered(result, seconds, now_s - next(iter(self._came_s.values()), now_s))
-            if order is not None:
-                self._metrics.observe(self.queue, order)
+            write(self._metrics)
         except Exception:
             logger.exception("kvshare: the queue's metrics could not be written")
-
-    def _tell_start(self, run) -> None:
-        """Likewise, of a request that starts."""
-        if self._metrics is not None:
-            try:
-                self._metrics.started(run.account, run.waited)
-            except Exception:
-                logger.exception("kvshare: the queue's metrics could not be written")
 
     def _failed(self, what: str) -> None:
         """Forget what is known of the requests; the next pass reads SGLang's list anew."""

@@ -3,8 +3,9 @@
     begun (chosen? capture) -> observe (rows of logits) -> finished (queue) -> start (engine idle) -> settle
 
 The captured rows are the approximate model's own distributions at the first output positions; the reference is
-one ordinary request over prompt and sent tokens, run when the engine is idle. Choices depend on shared state
-only, and rank 0's measurement is every rank's, so all tensor-parallel ranks audit and conclude alike.
+ordinary prefill of prompt and sent tokens, piece by piece when the engine is idle: a prefill pass cannot be
+interrupted, so a client that comes waits for one piece. Choices depend on shared state only, and rank 0's
+measurement is every rank's, so all tensor-parallel ranks audit and conclude alike.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kvshare_sched.types import Namespace, Outcome, Reason
 logger = logging.getLogger(__name__)
 POSITIONS = 24  # output tokens compared, from the first
 TOP = 128  # ids of each captured distribution that are compared one by one
+PIECE = 256  # tokens prefilled at a time; a multiple of all page sizes in use, so that every piece finds those before
 _QUEUE = 64  # finished requests waiting for an idle engine
 _TENANTS = 4096  # whose approximate requests are counted
 Blamed = int | tuple[str, int]  # a donor; (borrower, donor) for one that another namespace lends
@@ -79,6 +81,8 @@ class Auditor:
         self.agree: Callable = lambda found: found  # rank 0's object on every rank
         self.queue: deque[Audit] = deque()
         self.running: Audit | None = None
+        self.upto = 0  # of its tokens, with the piece that was last asked for
+        self._in_flight = False  # that piece has not run yet
         self.tokens = self.served = 0  # spent on audits; prompt tokens of clients
         self.started_s = 0.0  # by the clock, for the metrics only
         self._token_s = token_s
@@ -186,32 +190,48 @@ class Auditor:
     # ---- the reference ----
 
     def start(self, room: int) -> Audit | None:
-        """The engine is idle: the audit to run now, or None. room: tokens the pool can take.
+        """The engine is idle: the audit that should run up to `upto` now, or None. room: tokens the pool can take.
 
         Cost is bounded: an audit starts only while audits have spent at most `share` of the prompt tokens served.
         """
-        if self.running is not None:  # an idle engine has lost it: aborted before it ran
+        if self._in_flight:  # an idle engine has lost it: aborted before it ran
             self._end("dropped", "lost")
         for rid in tuple(self._captures):
             self._drop(rid, "lost")
-        while self.queue and self.tokens <= self.share * self.served:
+        if self.running is not None and len(self.running.tokens) >= room:
+            self._end("dropped", "no_room")
+        while self.running is None and self.queue and self.tokens <= self.share * self.served:
             audit = self.queue.popleft()
             if len(audit.tokens) >= room:
                 self._count("dropped", "no_room")
                 continue
-            self.running = audit
+            self.running, self.upto = audit, 0
             self.tokens += len(audit.tokens)
             if self._metrics is not None:
                 self._metrics.spent(len(audit.tokens))
-            return audit
-        return None
+        if self.running is not None:
+            self._in_flight = True
+            self.upto += PIECE
+            if self.upto >= self.running.capture.prompt_len:  # what is compared comes in one piece
+                self.upto = len(self.running.tokens)
+        return self.running
+
+    def partial(self, rid: str) -> bool:
+        """Whether a request is a piece of the reference with more to come."""
+        return self.owns(rid) and self.upto < len(self.running.tokens)
+
+    def went_on(self) -> None:
+        """A piece has run, with more to come."""
+        self._in_flight = False
+        if self.running.rid == self._unloaded:
+            self._end("dropped", "unloaded")
 
     def owns(self, rid: str) -> bool:
-        """Whether a request is the reference now running."""
+        """Whether a request is the reference under way."""
         return self.running is not None and self.running.rid == rid
 
     def unloaded(self, lora_id: str | None) -> bool:
-        """An adapter goes, and the audits that wait for it; True when the running one needs it: its reference must do
+        """An adapter goes, and the audits that wait for it; True when the piece now running needs it: it must do
         without, and is worth nothing."""
         kept = [audit for audit in self.queue if audit.namespace.lora_id != lora_id]
         for _ in range(len(self.queue) - len(kept)):
@@ -219,11 +239,14 @@ class Auditor:
         self.queue = deque(kept)
         if self.running is None or self.running.namespace.lora_id != lora_id:
             return False
+        if not self._in_flight:
+            self._end("dropped", "unloaded")
+            return False
         self._unloaded = self.running.rid
         return True
 
     def timed(self, now_s: float, tokens: int) -> None:
-        """The reference that is running has computed so many tokens; it shows how far the cost model can be trusted."""
+        """A piece has run and computed so many tokens; it shows how far the cost model can be trusted."""
         if self._metrics is not None:
             self._metrics.timed(max(0.0, now_s - self.started_s), max(0, tokens) * self._token_s)
 
@@ -269,7 +292,7 @@ class Auditor:
             self._count("dropped", reason)
 
     def _end(self, result: str, reason: str) -> None:
-        self.running = None
+        self.running, self._in_flight = None, False
         self._count(result, reason)
 
     def _count(self, result: str, reason: str) -> None:

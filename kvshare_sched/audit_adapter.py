@@ -26,7 +26,7 @@ def watch(auditor: Auditor, model) -> None:
 
 
 def on_idle(original, scheduler, *args, **kwargs):
-    """Around `Scheduler.on_idle`: put one reference into the queue of an engine with nothing else to do.
+    """Around `Scheduler.on_idle`: put a piece of a reference into the queue of an engine with nothing else to do.
 
     Every rank comes here in the same pass of its loop, with the same queue. With a request waiting the original
     neither checks nor sleeps, so the next pass runs it.
@@ -42,7 +42,7 @@ def on_idle(original, scheduler, *args, **kwargs):
             try:
                 auditor.started_s = time.perf_counter()
                 with gate.ours():
-                    scheduler.handle_generate_request(request_of(audit))
+                    scheduler.handle_generate_request(request_of(audit, auditor.upto))
             except Exception:
                 logger.exception("kvshare: audit %s could not be started", audit.rid)
                 auditor.settle(None, None)
@@ -63,7 +63,10 @@ def stream_output(original, streamer, reqs, *args, **kwargs):
             if req.finished():
                 req.finished_output = True  # should it come by again, SGLang passes it over
                 auditor.timed(time.perf_counter(), len(req.origin_input_ids) - req.cached_tokens)
-                auditor.settle(*reference_of(req))
+                if auditor.partial(req.rid) and not _aborted(req):
+                    auditor.went_on()
+                else:
+                    auditor.settle(*reference_of(req))
     return original(streamer, reqs, *args, **kwargs)
 
 
@@ -94,25 +97,35 @@ def _finished(auditor: Auditor, req) -> None:
         logger.exception("kvshare: request %s could not be queued for its audit", req.rid)
 
 
-def request_of(audit: Audit):
-    """One token after prompt and sent tokens, opted out, with the log-probabilities the audit compares."""
+def _aborted(req) -> bool:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    return isinstance(req.finished_reason, FINISH_ABORT)
+
+
+def request_of(audit: Audit, upto: int):
+    """One token after the first `upto`, opted out; after the last with the log-probabilities the audit compares.
+
+    What earlier pieces have computed is an exact prefix.
+    """
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     sampling = SamplingParams(max_new_tokens=1, temperature=0.0, custom_params={REPORT_KEY: "off"})
     sampling.normalize(None)
+    compared = upto == len(audit.tokens)
     return TokenizedGenerateReqInput(
         rid=audit.rid,
         input_text=None,
-        input_ids=array("q", audit.tokens),
+        input_ids=array("q", audit.tokens[:upto]),
         input_embeds=None,
         mm_inputs=None,
         token_type_ids=None,
         sampling_params=sampling,
-        return_logprob=True,
-        logprob_start_len=audit.capture.prompt_len - 1,
-        top_logprobs_num=1,
-        token_ids_logprob=audit.ids,
+        return_logprob=compared,
+        logprob_start_len=audit.capture.prompt_len - 1 if compared else -1,
+        top_logprobs_num=int(compared),
+        token_ids_logprob=audit.ids if compared else None,
         stream=False,
         extra_key=audit.namespace.extra_key,
         cache_salt=audit.namespace.cache_salt,

@@ -18,6 +18,7 @@ from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.lending import DonorLost, Lending
 from kvshare_sched.planner import CostModel, build_plan
+from kvshare_sched.renewal import Ledger
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.session import Session
 from kvshare_sched.tenants.desk import Desk, lenders_of
@@ -43,6 +44,7 @@ class Pipeline:
         self.desk = desk or Desk()
         self.lending = Lending(config, tree, self.desk.limits)
         self.index = self.lending.index
+        self.ledger = Ledger(config.window, config.min_run)
         self.auditor = Auditor(
             *(config, self.lending.shut, metrics.audits if metrics is not None else None),
             lent=lambda donor, tenant: self.index.donors[donor].owner != tenant,
@@ -99,6 +101,8 @@ class Pipeline:
         if self.config.mode == "discover":
             session.discovered, session.outcome = plan.reused_len, Outcome.DISCOVERED
             return Reason.NONE
+        if not wished and (plan := self._renewed(view, plan, session)) is None:
+            return Reason.RENEWED
         session.leases = self.lending.lease(plan.segments)
         session.plan, session.outcome = plan, Outcome.REUSED
         if session.config.repair_rows:
@@ -111,11 +115,28 @@ class Pipeline:
         plan = build_plan(view, segments, session.strategy, session.config, self.costs)
         return Reason.QUALITY if refused and isinstance(plan, ReusePlan) else plan
 
+    def _renewed(self, view: RequestView, plan: ReusePlan, session: Session) -> ReusePlan | None:
+        """What is left of a plan behind the text that is to be computed exactly; None when nothing is worth it."""
+        config = session.config
+        session.bill = self.ledger.bill(view, plan, config.ratio)
+        if not (until := session.bill.exact_until):
+            return plan
+        rest = (s.clip(until, s.end) for s in plan.segments)
+        left = build_plan(view, tuple(s for s in rest if s is not None), session.strategy, config, self.costs)
+        if isinstance(left, ReusePlan):
+            session.renewed = plan.reused_len - left.reused_len
+            return left
+        session.bill = replace(session.bill, exact_until=view.prompt_len)  # what is left is too little
+        session.renewed = plan.reused_len
+        return None
+
     def begin(self, session: Session) -> None:
         """The request was admitted: from now on `release` must be called once."""
         session.started_s = time.perf_counter()
         self.sessions[session.rid] = session
         self.lending.used(session.leases)
+        if session.bill is not None:
+            self.ledger.pay(session.bill)
         self.auditor.begun(session)
         if session.stamp is not None:
             self._tenant_begun(session)
@@ -199,12 +220,17 @@ class Pipeline:
             return true
         return told(true, session.told, session.strategy, session.config, self.costs)
 
-    def release(self, rid: str) -> None:
-        """The request's KV row was given back (finished, aborted or retracted)."""
+    def release(self, rid: str, said: np.ndarray | None = None) -> None:
+        """The request's KV row was given back (finished, aborted or retracted).
+
+        said: its prompt and the first `renewal.ANSWER` tokens of its answer, int64; None when there is no answer.
+        """
         self._donor_of.pop(rid, None)
         self.lending.forget(rid)
         session = self.sessions.pop(rid, None)
         if session is not None:
+            if said is not None and session.plan is not None:
+                self.ledger.answered(session.namespace, said)
             self.lending.release(session.leases)
             self._report(session)
             self._gauges()
@@ -223,7 +249,7 @@ class Pipeline:
 
         tokens int [n]: the request's leading tokens whose exact KV is in the tree.
         """
-        if self.config.mode == "off" or len(tokens) < self.config.min_run:
+        if self.config.mode == "off" or len(tokens) < self.config.min_run or self.auditor.partial(rid):
             return
         started = time.perf_counter()
         try:
@@ -248,6 +274,7 @@ class Pipeline:
     def flush(self) -> None:
         """The tree was emptied."""
         self.lending.flush()
+        self.ledger.clear()
         self.desk.flushed()
         self._donor_of.clear()
 

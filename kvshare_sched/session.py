@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.planner import CostModel, expected_cells, rows_per_layer
+from kvshare_sched.renewal import Bill
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.strategies import get as get_strategy
 from kvshare_sched.strategies.base import Strategy
@@ -38,6 +39,8 @@ class Session:
     match_s: float = 0.0
     started_s: float = 0.0  # when it was admitted, by `time.perf_counter`; decides nothing
     leases: dict[int, DonorLease] = field(default_factory=dict)
+    bill: Bill | None = None  # what it computes exactly, and what others will compute again, see `renewal`
+    renewed: int = 0  # tokens computed exactly that could have been reused
     done_upto: int = 0  # prompt tokens whose chunk has run
     recomputed: int = 0
     repaired: int = 0  # rows computed again while decoding
@@ -130,6 +133,7 @@ class Session:
             reason=self.reason,
             donors=donors,
             discovered=self.discovered,
+            renewed=self.renewed,
             strategy=self.config.strategy,
             computed_cells=computed,
             layers=costs.layers,

@@ -12,6 +12,7 @@ import numpy as np
 from kvshare_sched import explain, tracing
 from kvshare_sched.audit import tenant_of
 from kvshare_sched.config import KVShareConfig
+from kvshare_sched.renewal import ANSWER
 from kvshare_sched.tenants.desk import lenders_of
 from kvshare_sched.tenants.hold import HOLD_KEY
 from kvshare_sched.tenants.policy import Stamp, read
@@ -36,6 +37,13 @@ def namespace_of(req) -> Namespace:
 def tokens_of(req) -> np.ndarray:
     """Prompt and output ids so far, int64. A copy: a view would forbid SGLang to append to its array."""
     return np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64).copy()
+
+
+def said_of(req) -> np.ndarray | None:
+    """Prompt and the beginning of the answer, int64; None without an answer."""
+    if not req.output_ids:
+        return None
+    return np.concatenate((np.frombuffer(req.origin_input_ids, np.int64), np.array(req.output_ids[:ANSWER], np.int64)))
 
 
 def takes_part(req) -> bool:
@@ -160,7 +168,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
             return result
         # Nothing else runs, so waiting frees nothing: without its leases the donors themselves can make room.
         if session.plan is not None:
-            reason, none = Reason.NO_MEMORY, {"plan": None, "leases": {}}
+            reason, none = Reason.NO_MEMORY, {"plan": None, "leases": {}, "bill": None}
             session = replace(session, reason=reason, outcome=Outcome.ORDINARY, **none)
             result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         # Only when that is not enough, what was guaranteed to others.

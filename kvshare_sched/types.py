@@ -230,6 +230,7 @@ class Reason(StrEnum):
     QUALITY = "quality"  # reuse is off for this tenant until it holds its target
     RETRACTED = "retracted"  # re-admitted after a retraction
     NO_MEMORY = "no_memory"  # with its donors pinned the request does not fit
+    RENEWED = "renewed"  # computed exactly because it has been computed again and again behind borrowed text
     DONOR_LOST = "donor_lost"  # the donors left the tree between matching and leasing
     ERROR = "error"  # anything unexpected in our code
 
@@ -251,6 +252,7 @@ class ShareReport:
     reason: Reason
     donors: int = 0
     discovered: int = 0  # tokens that could have been reused (mode `discover`)
+    renewed: int = 0  # the same, computed exactly because they were computed again and again, see `renewal`
     strategy: str = ""
     computed_cells: int = 0
     layers: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from kvshare_sched.sglang_adapter import namespace_of, tokens_of
+from kvshare_sched.sglang_adapter import namespace_of, said_of, tokens_of
 from kvshare_sched.wiring import wire
 
 
@@ -29,7 +29,7 @@ class KVShareRadixCache(UnifiedRadixCache):
     def on_release(self, req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         if self.pipeline is not None:
-            self.pipeline.release(req.rid)
+            self.pipeline.release(req.rid, said_of(req))
         if self.queue is not None:
             self.queue.released(req)
 

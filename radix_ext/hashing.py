@@ -20,18 +20,23 @@ def _mix(tokens: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def beginning_hashes(tokens: np.ndarray) -> np.ndarray:
+    """Hash of every beginning, the empty one first: uint64 [len(tokens) + 1], O(len(tokens))."""
+    powers = np.full(len(tokens), _INVERSE)
+    powers[:1] = 1
+    np.multiply.accumulate(powers, out=powers)
+    return np.concatenate((np.zeros(1, np.uint64), np.cumsum(_mix(tokens) * powers)))
+
+
 def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
     """Hash of every window of `window` ids: uint64 [max(0, len(tokens) - window + 1)], O(len(tokens)).
 
-    hash(i) = sum over k < window of mix(tokens[i + k]) * base**-k, from one prefix sum.
+    hash(i) = sum over k < window of mix(tokens[i + k]) * base**-k, from the hashes of the beginnings.
     """
     count = len(tokens) - window + 1
     if count <= 0:
         return np.empty(0, np.uint64)
-    powers = np.full(len(tokens), _INVERSE)
-    powers[0] = 1
-    np.multiply.accumulate(powers, out=powers)
-    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(_mix(tokens) * powers)))
+    sums = beginning_hashes(tokens)
     back = np.full(count, _BASE)
     back[0] = 1
     np.multiply.accumulate(back, out=back)

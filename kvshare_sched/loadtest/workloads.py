@@ -121,6 +121,20 @@ def chat(rng: random.Random) -> Iterator[Session]:
         yield _TENANTS[tenant], steps
 
 
+def rag_chat(rng: random.Random) -> Iterator[Session]:
+    """Six turns about two documents of the tenant's library: everything said stands behind text that others have."""
+    yield from _indexing(24)
+    while True:
+        tenant = rng.randrange(len(_TENANTS))
+        said: list[Block] = [("system/5", 0), *zipf(rng, _library(tenant, 24), 2)]
+        steps = []
+        for turn in range(6):
+            said.append(_question(rng))
+            steps.append(Step(tuple(said), 24, rng.expovariate(1 / 4) if turn else 0.0))
+            said.append((f"answer/{turn}", 0))
+        yield _TENANTS[tenant], steps
+
+
 def few_shot(rng: random.Random) -> Iterator[Session]:
     """Eight of a tenant's twelve worked examples in any order, then a new text to label."""
     for number in count():
@@ -172,7 +186,7 @@ def hot_cold(rng: random.Random) -> Iterator[Session]:
 
 WORKLOADS: dict[str, Callable[[random.Random], Iterator[Session]]] = {
     f.__name__.replace("_", "-"): f
-    for f in (rag, agents, chat, few_shot, code_edit, prefix_only, no_repeat, hot_cold, long_outputs)
+    for f in (rag, agents, chat, rag_chat, few_shot, code_edit, prefix_only, no_repeat, hot_cold, long_outputs)
 }
 _WARM_UP_REQUESTS = 12  # not measured
 

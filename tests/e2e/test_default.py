@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -82,6 +83,22 @@ def test_a_second_turn_after_an_approximate_one_is_not_poisoned(server, tenant):
     cold = server.generate(turn, new_tokens=8, namespace=server.namespace(), reuse=False)
     assert settled(second)["exact"] <= first.report["exact"] + 40
     assert alike(second, cold)
+
+
+def test_a_conversation_over_borrowed_text_is_computed_exactly_after_some_turns(server, tenant):
+    said, reports = server.tokenize(moved()), []
+    for turn in range(12):
+        answer = server.generate(said, new_tokens=8, namespace=tenant)
+        reports.append(settled(answer) | {"prompt": len(said)})
+        more = f"<|im_end|>\n<|im_start|>user\n{DOCS[10 + turn][:200]}<|im_end|>\n<|im_start|>assistant\n"
+        said = [*said, *answer.token_ids, *server.tokenize(more)]
+    bought = next(turn for turn, report in enumerate(reports) if report["renewed"])
+    assert bought > 1 and all(report["reused"] for report in reports[:bought])
+    assert (reports[bought]["outcome"], reports[bought]["reason"]) == ("ordinary", "renewed")
+    for before, after in itertools.pairwise(reports[bought:]):
+        assert after["exact"] >= before["prompt"] and after["renewed"] == 0, "from then on as stock SGLang"
+    cold = server.generate(said, new_tokens=8, namespace=server.namespace(), reuse=False)
+    assert alike(server.generate(said, new_tokens=8, namespace=tenant, reuse=False), cold)
 
 
 def test_an_aborted_approximate_request_leaves_nothing(server, tenant):

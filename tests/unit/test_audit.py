@@ -11,7 +11,7 @@ import torch
 from fakes import FakeTree
 from prometheus_client import CollectorRegistry
 
-from kvshare_sched.audit import POSITIONS, TOP, Auditor
+from kvshare_sched.audit import PIECE, POSITIONS, TOP, Auditor
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.controller import ENOUGH
 from kvshare_sched.divergence import compare
@@ -127,9 +127,12 @@ class World:
             self.auditor.finished(rid, Namespace(tenant), range(prompt_len), list(range(len(q))))
 
     def run(self, p: torch.Tensor, room=10_000):
-        """The engine is idle: run the next audit against a reference that says p."""
+        """The engine is idle: run the next audit, all of its pieces, against a reference that says p."""
         audit = self.auditor.start(room)
         if audit is not None:
+            while self.auditor.partial(audit.rid):
+                self.auditor.went_on()
+                assert self.auditor.start(room) is audit
             self.auditor.settle(*reference_for(audit.ids, p[: len(audit.capture.rows)]))
         return audit
 
@@ -237,6 +240,60 @@ def test_what_does_not_fit_is_dropped_and_the_next_one_runs():
     world.finish(world.begin(), Q[:1])
     assert len(world.run(P, room=400).tokens) == 101
     assert world.results() == {("dropped", "no_room"): 1, ("done", "none"): 1}
+
+
+def test_a_long_audit_runs_in_pieces_whenever_the_engine_is_idle():
+    world = World()
+    world.finish(world.begin(prompt_len=600), Q[:4], prompt_len=600)
+    world.finish(world.begin("other"), Q[:1])
+    auditor, ends = world.auditor, []
+    while (audit := auditor.start(10_000)).rid == "kvshare-audit-1":
+        ends.append((auditor.upto, auditor.partial(audit.rid)))
+        if auditor.partial(audit.rid):
+            auditor.went_on()
+        else:
+            auditor.settle(*reference_for(audit.ids, P[:4]))
+    assert ends == [(PIECE, True), (2 * PIECE, True), (604, False)], "the prompt's last token and the answer together"
+    assert world.results() == {("done", "none"): 1}
+    assert world.value("kvshare_audit_tokens_total") == 604 + 101 and auditor.upto == 101
+
+
+def test_an_answer_is_compared_in_one_piece_whatever_the_prompt_is_long():
+    for length in range(2 * PIECE - 30, 2 * PIECE + 30):
+        world, upto = World(), [0]
+        world.finish(world.begin(prompt_len=length), Q[:20], prompt_len=length)
+        while world.auditor.start(10_000) and upto.append(world.auditor.upto) is None and upto[-1] < length + 20:
+            world.auditor.went_on()
+        assert upto[-2] < length and upto[-1] == length + 20
+        assert max(np.diff(upto)) <= PIECE + 20
+
+
+def test_a_piece_that_was_lost_or_has_no_room_ends_its_audit():
+    world = World()
+    for _ in range(3):
+        world.finish(world.begin(prompt_len=600), Q[:4], prompt_len=600)
+    world.auditor.start(10_000)
+    world.auditor.went_on()
+    world.auditor.start(10_000)  # aborted while it waits
+    assert world.auditor.start(10_000).rid == "kvshare-audit-2"
+    world.auditor.went_on()
+    assert world.auditor.start(500) is None
+    assert world.results() == {("dropped", "lost"): 1, ("dropped", "no_room"): 2}
+
+
+def test_an_adapter_goes_between_two_pieces_or_under_one():
+    for in_flight in (False, True):
+        world = World()
+        world.forward(rid := world.begin(prompt_len=600), 600, Q[0])
+        world.auditor.finished(rid, Namespace("here", None, "a"), range(600), [1])
+        audit = world.auditor.start(10_000)
+        if in_flight:
+            assert world.auditor.unloaded("a") and world.auditor.owns(audit.rid)
+            world.auditor.went_on()
+        else:
+            world.auditor.went_on()
+            assert not world.auditor.unloaded("a")
+        assert world.auditor.start(10_000) is None and world.results() == {("dropped", "unloaded"): 1}
 
 
 def test_audits_end_with_their_adapter():

@@ -176,6 +176,43 @@ def test_admitting_again_after_a_withdrawal(world):
     assert world.begin().outcome is Outcome.REUSED and world.tree.active == 2
 
 
+def test_what_is_computed_again_and_again_is_computed_exactly_once():
+    """New text behind a borrowed one comes back before ever another: the beginning is bought, the rest is borrowed."""
+    world, found = World(ratio=0.25), []
+    for other in (2, 3, 4, 5, 6):
+        if other > 2:
+            world.donate(other)
+        session = world.begin(
+            f"r{other}", np.concatenate((text(9, 10), text(1), text(8, 60), text(other), text(7, 15)))
+        )
+        world.pipeline.chunk_done(session, session.prompt_len)
+        found.append((session.plan.reused_len, session.report(COSTS).renewed, session.plan.approximate_from))
+        world.pipeline.release(session.rid)
+    # What is paid each time, 45 for the new text and up to 25 for the borrowed one, comes to the price the second time.
+    assert found == [(200, 0, 10), (200, 0, 10), (100, 100, 170), (200, 0, 10), (200, 0, 10)]
+    assert world.tree.active == 0
+
+
+def test_a_prompt_bought_to_the_end_borrows_nothing():
+    world, prompt = World(ratio=0.25), np.concatenate((text(9, 10), text(1), text(2), text(8, 60)))
+    reasons = []
+    for number in range(4):
+        session = world.begin(f"r{number}", prompt)
+        reasons.append(session.reason)
+        world.pipeline.release(session.rid)
+    assert reasons == [Reason.NONE, Reason.NONE, Reason.RENEWED, Reason.NONE]
+    assert (session.report(COSTS).renewed, world.tree.active) == (0, 0)
+
+
+def test_wishes_and_discovery_are_not_renewed():
+    for settings, wishes in (({}, {"ratio": 0.25}), ({"mode": "discover"}, {})):
+        world, prompt = World(ratio=0.25, **settings), np.concatenate((text(9, 10), text(1), text(2), text(8, 60)))
+        for number in range(8):
+            session = world.begin(f"r{number}", prompt, wishes=wishes)
+            assert (session.reason, session.report(COSTS).renewed) == (Reason.NONE, 0)
+            world.pipeline.release(session.rid)
+
+
 def test_discover_reports_and_holds_nothing():
     world = World(mode="discover")
     session = world.begin()

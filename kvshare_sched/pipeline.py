@@ -101,7 +101,8 @@ class Pipeline:
         if self.config.mode == "discover":
             session.discovered, session.outcome = plan.reused_len, Outcome.DISCOVERED
             return Reason.NONE
-        if not wished and (plan := self._renewed(view, plan, session)) is None:
+        measures = wished or view.fresh_from < view.prompt_len  # who scores an answer sends it back, and means reuse
+        if not measures and (plan := self._renewed(view, plan, session)) is None:
             return Reason.RENEWED
         session.leases = self.lending.lease(plan.segments)
         session.plan, session.outcome = plan, Outcome.REUSED

@@ -65,7 +65,7 @@ def test_an_audit_asks_as_its_request_did():
     audit = SimpleNamespace(
         rid="a", namespace=namespace_of(req), tokens=[1, 2], ids=[3], capture=SimpleNamespace(prompt_len=1)
     )
-    asked = audit_adapter.request_of(audit)
+    asked = audit_adapter.request_of(audit, upto=2)
     again = request(asked.lora_id, asked.extra_key)
     assert (again.extra_key, again.lora_id, asked.cache_salt) == (req.extra_key, "adapter", "s")
 

@@ -204,11 +204,12 @@ def test_a_prompt_bought_to_the_end_borrows_nothing():
     assert (session.report(COSTS).renewed, world.tree.active) == (0, 0)
 
 
-def test_wishes_and_discovery_are_not_renewed():
-    for settings, wishes in (({}, {"ratio": 0.25}), ({"mode": "discover"}, {})):
+def test_who_measures_or_discovers_is_not_renewed():
+    measuring = {"wishes": {"ratio": 0.25}}, {"fresh_from": 265}, {}
+    for settings, changes in zip(({}, {}, {"mode": "discover"}), measuring, strict=True):
         world, prompt = World(ratio=0.25, **settings), np.concatenate((text(9, 10), text(1), text(2), text(8, 60)))
         for number in range(8):
-            session = world.begin(f"r{number}", prompt, wishes=wishes)
+            session = world.begin(f"r{number}", prompt, **changes)
             assert (session.reason, session.report(COSTS).renewed) == (Reason.NONE, 0)
             world.pipeline.release(session.rid)
 

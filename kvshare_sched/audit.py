@@ -42,6 +42,7 @@ class Capture:
     wished: bool  # the request brought its own settings: measured, but moves nothing
     donors: tuple[Blamed, ...]
     prompt_len: int
+    exact_len: int  # of it, in the tree when the request came
     rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # ids int64, log p float32, [TOP]
     broken: bool = False
 
@@ -70,11 +71,11 @@ class Auditor:
         shut: Callable[[Blamed], None],
         metrics=None,
         lent: Callable[[int, str], bool] = lambda donor, tenant: False,
-        token_s: float = 0.0,
+        prefill_s: Callable[[int], float] = lambda tokens: 0.0,
     ):
         """lent(donor, tenant): it is not the tenant's own. What it does in one borrower's prompts is then held against
         it for that borrower alone: a tenant that writes such prompts would else take a document from its whole group.
-        token_s: what the cost model says a prompt token of ordinary prefill costs.
+        prefill_s(tokens): what the cost model says a pass over so many tokens costs.
         """
         self.share, self.repair_rows = config.audit_share, config.repair_rows
         self.controller = Controller(config.ratio, config.target_kl)
@@ -85,7 +86,7 @@ class Auditor:
         self._in_flight = False  # that piece has not run yet
         self.tokens = self.served = 0  # spent on audits; prompt tokens of clients
         self.started_s = 0.0  # by the clock, for the metrics only
-        self._token_s = token_s
+        self._prefill_s = prefill_s
         self._shut, self._lent = shut, lent
         self._metrics = metrics
         self._captures: dict[str, Capture] = {}
@@ -127,6 +128,7 @@ class Auditor:
             *(tenant, config.strategy, config.ratio, wished),
             donors=tuple((tenant, d) if self._lent(d, tenant) else d for d in sorted(session.leases)),
             prompt_len=session.prompt_len,
+            exact_len=session.exact_len,
         )
 
     def _chosen(self, tenant: str) -> bool:
@@ -205,10 +207,8 @@ class Auditor:
             if len(audit.tokens) >= room:
                 self._count("dropped", "no_room")
                 continue
-            self.running, self.upto = audit, 0
-            self.tokens += len(audit.tokens)
-            if self._metrics is not None:
-                self._metrics.spent(len(audit.tokens))
+            self.running, self.upto = audit, audit.capture.exact_len // PIECE * PIECE  # that much was in the tree
+            self._spent(len(audit.tokens))
         if self.running is not None:
             self._in_flight = True
             self.upto += PIECE
@@ -220,15 +220,23 @@ class Auditor:
         """Whether a request is a piece of the reference with more to come."""
         return self.owns(rid) and self.upto < len(self.running.tokens)
 
-    def went_on(self) -> None:
-        """A piece has run, with more to come."""
+    def went_on(self, computed: int) -> None:
+        """A piece has run and computed so many tokens, with more to come."""
         self._in_flight = False
         if self.running.rid == self._unloaded:
             self._end("dropped", "unloaded")
+        elif computed > 2 * PIECE:  # the pool is too small to keep what earlier pieces have computed
+            self._spent(computed - PIECE)
+            self._end("dropped", "no_room")
+
+    def _spent(self, tokens: int) -> None:
+        self.tokens += tokens
+        if self._metrics is not None:
+            self._metrics.spent(tokens)
 
     def owns(self, rid: str) -> bool:
-        """Whether a request is the reference under way."""
-        return self.running is not None and self.running.rid == rid
+        """Whether a request is the piece of a reference that runs now."""
+        return self._in_flight and self.running.rid == rid
 
     def unloaded(self, lora_id: str | None) -> bool:
         """An adapter goes, and the audits that wait for it; True when the piece now running needs it: it must do
@@ -248,7 +256,7 @@ class Auditor:
     def timed(self, now_s: float, tokens: int) -> None:
         """A piece has run and computed so many tokens; it shows how far the cost model can be trusted."""
         if self._metrics is not None:
-            self._metrics.timed(max(0.0, now_s - self.started_s), max(0, tokens) * self._token_s)
+            self._metrics.timed(max(0.0, now_s - self.started_s), self._prefill_s(max(0, tokens)))
 
     def settle(self, reference: Sequence[Sequence[float]] | None, best: Sequence[int] | None) -> None:
         """The reference has run: rows as `compare` takes them, None when it failed. Never raises."""

@@ -62,9 +62,10 @@ def stream_output(original, streamer, reqs, *args, **kwargs):
         for req in ours:
             if req.finished():
                 req.finished_output = True  # should it come by again, SGLang passes it over
-                auditor.timed(time.perf_counter(), len(req.origin_input_ids) - req.cached_tokens)
+                computed = len(req.origin_input_ids) - req.cached_tokens
+                auditor.timed(time.perf_counter(), computed)
                 if auditor.partial(req.rid) and not _aborted(req):
-                    auditor.went_on()
+                    auditor.went_on(computed)
                 else:
                     auditor.settle(*reference_of(req))
     return original(streamer, reqs, *args, **kwargs)

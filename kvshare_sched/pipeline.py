@@ -17,7 +17,7 @@ from kvshare_sched.audit import Auditor
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.lending import DonorLost, Lending
-from kvshare_sched.planner import CostModel, build_plan
+from kvshare_sched.planner import CostModel, build_plan, rows_per_layer
 from kvshare_sched.renewal import Ledger
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.session import Session
@@ -48,7 +48,7 @@ class Pipeline:
         self.auditor = Auditor(
             *(config, self.lending.shut, metrics.audits if metrics is not None else None),
             lent=lambda donor, tenant: self.index.donors[donor].owner != tenant,
-            token_s=costs.cell_s * costs.layers,
+            prefill_s=costs.prefill_s,
         )
         self.sessions: dict[str, Session] = {}
         self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
@@ -101,7 +101,8 @@ class Pipeline:
         if self.config.mode == "discover":
             session.discovered, session.outcome = plan.reused_len, Outcome.DISCOVERED
             return Reason.NONE
-        measures = wished or view.fresh_from < view.prompt_len  # who scores an answer sends it back, and means reuse
+        # Who scores an answer sends it back, and means reuse; a setting of one's own is to be seen at work.
+        measures = view.wishes or view.fresh_from < view.prompt_len - 1
         if not measures and (plan := self._renewed(view, plan, session)) is None:
             return Reason.RENEWED
         session.leases = self.lending.lease(plan.segments)
@@ -118,17 +119,23 @@ class Pipeline:
 
     def _renewed(self, view: RequestView, plan: ReusePlan, session: Session) -> ReusePlan | None:
         """What is left of a plan behind the text that is to be computed exactly; None when nothing is worth it."""
-        config = session.config
-        session.bill = self.ledger.bill(view, plan, config.ratio)
-        if not (until := session.bill.exact_until):
+        config, strategy, layers = session.config, session.strategy, self.costs.layers
+        if config.ratio >= 1 or strategy.name == "full":
+            return plan
+
+        def charge(start: int, end: int) -> float:
+            return sum(rows_per_layer(plan, start, end, strategy, config, layers)) / layers
+
+        session.bill = bill = self.ledger.bill(view, plan, charge, config.ratio)
+        if not (until := bill.exact_until):
             return plan
         rest = (s.clip(until, s.end) for s in plan.segments)
-        left = build_plan(view, tuple(s for s in rest if s is not None), session.strategy, config, self.costs)
+        left = build_plan(view, tuple(s for s in rest if s is not None), strategy, config, self.costs)
         if isinstance(left, ReusePlan):
             session.renewed = plan.reused_len - left.reused_len
+            session.bill = replace(bill, exact_until=left.approximate_from)
             return left
-        session.bill = replace(session.bill, exact_until=view.prompt_len)  # what is left is too little
-        session.renewed = plan.reused_len
+        session.renewed = plan.reused_len  # what is left is too little
         return None
 
     def begin(self, session: Session) -> None:
@@ -137,7 +144,8 @@ class Pipeline:
         self.sessions[session.rid] = session
         self.lending.used(session.leases)
         if session.bill is not None:
-            self.ledger.pay(session.bill)
+            exact = session.plan is None  # whatever the reason
+            self.ledger.pay(replace(session.bill, exact_until=session.prompt_len) if exact else session.bill)
         self.auditor.begun(session)
         if session.stamp is not None:
             self._tenant_begun(session)

@@ -252,7 +252,6 @@ class ShareReport:
     reason: Reason
     donors: int = 0
     discovered: int = 0  # tokens that could have been reused (mode `discover`)
-    renewed: int = 0  # the same, computed exactly because they were computed again and again, see `renewal`
     strategy: str = ""
     computed_cells: int = 0
     layers: int = 0
@@ -262,6 +261,7 @@ class ShareReport:
     match_s: float = field(default=0.0)
     copy_s: float = field(default=0.0)
     recompute_s: float = field(default=0.0)
+    renewed: int = 0  # fresh tokens that could have been reused, see `renewal`
 
     def __post_init__(self):
         if min(self.exact, self.reused, self.recomputed, self.fresh) < 0 or self.recomputed > self.reused:

@@ -103,6 +103,7 @@ class World:
         session = SimpleNamespace(
             rid=rid,
             prompt_len=prompt_len,
+            exact_len=0,
             namespace=Namespace(tenant),
             outcome=outcome,
             reason=Reason.NONE,
@@ -131,7 +132,7 @@ class World:
         audit = self.auditor.start(room)
         if audit is not None:
             while self.auditor.partial(audit.rid):
-                self.auditor.went_on()
+                self.auditor.went_on(PIECE)
                 assert self.auditor.start(room) is audit
             self.auditor.settle(*reference_for(audit.ids, p[: len(audit.capture.rows)]))
         return audit
@@ -183,7 +184,9 @@ def test_an_audit_measures_what_the_model_gave():
 
 def test_a_full_prefill_shows_how_far_the_cost_model_is_off():
     world = World()
-    auditor = world.auditor = Auditor(world.config, world.shut.append, world.metrics.audits, token_s=0.01)
+    auditor = world.auditor = Auditor(
+        world.config, world.shut.append, world.metrics.audits, prefill_s=lambda tokens: 0.01 * tokens
+    )
     auditor.started_s = 50.0
     auditor.timed(51.5, 100)
     auditor.timed(49.0, 0)  # a clock that was set back
@@ -250,7 +253,7 @@ def test_a_long_audit_runs_in_pieces_whenever_the_engine_is_idle():
     while (audit := auditor.start(10_000)).rid == "kvshare-audit-1":
         ends.append((auditor.upto, auditor.partial(audit.rid)))
         if auditor.partial(audit.rid):
-            auditor.went_on()
+            auditor.went_on(PIECE)
         else:
             auditor.settle(*reference_for(audit.ids, P[:4]))
     assert ends == [(PIECE, True), (2 * PIECE, True), (604, False)], "the prompt's last token and the answer together"
@@ -263,7 +266,7 @@ def test_an_answer_is_compared_in_one_piece_whatever_the_prompt_is_long():
         world, upto = World(), [0]
         world.finish(world.begin(prompt_len=length), Q[:20], prompt_len=length)
         while world.auditor.start(10_000) and upto.append(world.auditor.upto) is None and upto[-1] < length + 20:
-            world.auditor.went_on()
+            world.auditor.went_on(PIECE)
         assert upto[-2] < length and upto[-1] == length + 20
         assert max(np.diff(upto)) <= PIECE + 20
 
@@ -273,12 +276,38 @@ def test_a_piece_that_was_lost_or_has_no_room_ends_its_audit():
     for _ in range(3):
         world.finish(world.begin(prompt_len=600), Q[:4], prompt_len=600)
     world.auditor.start(10_000)
-    world.auditor.went_on()
+    world.auditor.went_on(PIECE)
     world.auditor.start(10_000)  # aborted while it waits
     assert world.auditor.start(10_000).rid == "kvshare-audit-2"
-    world.auditor.went_on()
+    world.auditor.went_on(PIECE)
     assert world.auditor.start(500) is None
     assert world.results() == {("dropped", "lost"): 1, ("dropped", "no_room"): 2}
+
+
+def test_an_audit_whose_pieces_do_not_stay_in_the_tree_ends():
+    world = World()
+    world.finish(world.begin(prompt_len=2000), Q[:4], prompt_len=2000)
+    for computed in (PIECE, PIECE, 3 * PIECE):
+        world.auditor.start(10_000)
+        world.auditor.went_on(computed)
+    assert world.auditor.start(10_000) is None and world.results() == {("dropped", "no_room"): 1}
+    assert world.value("kvshare_audit_tokens_total") == 2004 + 2 * PIECE
+
+
+def test_an_audit_begins_behind_what_was_exact():
+    world = World()
+    world.finish(world.begin(prompt_len=2000, exact_len=1200), Q[:4], prompt_len=2000)
+    world.auditor.start(10_000)
+    assert world.auditor.upto == 5 * PIECE
+
+
+def test_between_two_pieces_no_request_is_ours():
+    world = World()
+    world.finish(world.begin(prompt_len=2000), Q[:4], prompt_len=2000)
+    audit = world.auditor.start(10_000)
+    assert world.auditor.owns(audit.rid) and world.auditor.partial(audit.rid)
+    world.auditor.went_on(PIECE)
+    assert not world.auditor.owns(audit.rid), "a client may have taken the name"
 
 
 def test_an_adapter_goes_between_two_pieces_or_under_one():
@@ -289,9 +318,9 @@ def test_an_adapter_goes_between_two_pieces_or_under_one():
         audit = world.auditor.start(10_000)
         if in_flight:
             assert world.auditor.unloaded("a") and world.auditor.owns(audit.rid)
-            world.auditor.went_on()
+            world.auditor.went_on(PIECE)
         else:
-            world.auditor.went_on()
+            world.auditor.went_on(PIECE)
             assert not world.auditor.unloaded("a")
         assert world.auditor.start(10_000) is None and world.results() == {("dropped", "unloaded"): 1}
 

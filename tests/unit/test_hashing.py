@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from radix_ext.hashing import window_hashes, winnow
+from radix_ext.hashing import beginning_hashes, window_hashes, winnow
 
 _BASE, _RING = 0x9E3779B97F4A7C15, 1 << 64
 
@@ -100,3 +100,12 @@ def test_texts_that_share_enough_share_a_fingerprint(window, span, high):
 def test_density_is_about_two_over_span_plus_one():
     kept = winnow(window_hashes(random_tokens(20_000), 16), 17)
     assert len(kept) / 20_000 == pytest.approx(2 / 18, rel=0.1)
+
+
+def test_a_beginning_has_one_hash_whatever_follows():
+    tokens = np.random.default_rng(3).integers(0, 50_000, 100)
+    hashes = beginning_hashes(tokens)
+    assert len(hashes) == 101 and len(set(hashes.tolist())) == 101
+    for length in (0, 1, 57, 100):
+        assert hashes[length] == beginning_hashes(tokens[:length])[-1]
+    assert hashes[57] != beginning_hashes(tokens[1:])[56], "where it stands counts"

@@ -33,7 +33,8 @@ class World:
             at += len(part[0] if isinstance(part, tuple) else part)
         self.prompt = np.concatenate([part[0] if isinstance(part, tuple) else part for part in parts])
         view = RequestView("r", namespace, self.prompt, exact, at if fresh_from is None else fresh_from)
-        return self.ledger.bill(view, ReusePlan(at, exact, tuple(segments)), RATIO)
+        plan = ReusePlan(at, exact, tuple(segments))
+        return self.ledger.bill(view, plan, lambda start, end: RATIO * (end - start), RATIO)
 
     def run(self, *parts, **more) -> int:
         """Up to where it is computed exactly."""
@@ -105,9 +106,10 @@ def test_other_namespaces_count_for_nothing(world):
     assert world.bill(HEAD, (LENT,), NEW, END, namespace=THERE).exact_until == 559
 
 
-def test_the_memory_is_bounded_and_ends_with_the_cache(world, monkeypatch):
+def test_the_memory_is_bounded_and_ends_with_the_cache(monkeypatch):
     monkeypatch.setattr(renewal, "_PAID", 50)
     monkeypatch.setattr(renewal, "_ANSWERS", 20)
+    world = World()
     world.run(HEAD, (LENT,), NEW)
     for seed in range(100, 200):
         world.run(HEAD, (text(seed, 40),), text(1000 + seed, 60))
@@ -117,6 +119,27 @@ def test_the_memory_is_bounded_and_ends_with_the_cache(world, monkeypatch):
     assert world.run(HEAD, (text(100, 40),), text(1100, 60), END) == 0, "the oldest is not"
     world.ledger.clear()
     assert len(world.ledger) == 0
+
+
+def test_text_that_repeats_inside_a_prompt_counts_once(world):
+    """Strangers share a line of dots and nothing else."""
+    dots = np.full(120, 7)
+    found = [world.run(HEAD, (text(s, 4000),), np.concatenate((text(90 + s, 200), dots)), END) for s in range(10, 16)]
+    assert found == [0] * 6
+
+
+def test_namespaces_used_longest_ago_give_way_first():
+    memory = renewal._Memory(3)
+    for key, namespace in enumerate((HERE, THERE, HERE, THERE, THERE)):
+        memory.put(namespace, key, 1.0)
+    assert (dict(memory.of(HERE)), dict(memory.of(THERE)), len(memory)) == ({}, {1: 1.0, 3: 1.0, 4: 1.0}, 3)
+    assert [memory.pop(THERE, key) for key in (1, 2, 3, 4)] == [1, 0, 1, 1] and len(memory) == 0
+
+
+def test_who_is_refused_and_asks_again_is_not_hashed_again(world, monkeypatch):
+    world.bill(HEAD, (LENT,), NEW, END)
+    monkeypatch.setattr(renewal, "beginning_hashes", None)
+    world.bill(HEAD, (LENT,), NEW, END)
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 5, 8, 13, 40])

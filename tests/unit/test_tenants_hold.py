@@ -36,7 +36,7 @@ def admitted(world: World, stamp: Stamp, tokens, exact_len: int = 0):
 
 
 def test_a_hidden_request_pays_and_is_timed_as_if_nothing_had_been_cached():
-    world, tokens = World(), prompt(1)
+    world, tokens = World(strategy="epic"), prompt(1)
     cold, told_cold = admitted(world, HIDDEN, tokens)
     world.donate(LIBRARY, 1)
     warm, told_warm = admitted(world, HIDDEN, tokens)
@@ -66,7 +66,7 @@ def test_the_client_gets_no_report_and_nobody_a_page(monkeypatch):
 def test_a_trace_that_the_client_may_have_begun_tells_nothing_of_a_hidden_request(monkeypatch):
     marked = []
     monkeypatch.setattr(sglang_adapter.tracing, "mark", lambda req, report: marked.append(report.reused))
-    world = World()
+    world = World(strategy="epic")
     world.donate(LIBRARY, 1)
     for stamp, expected in ((HIDDEN, []), (OPEN, [600])):
         session, _ = admitted(world, stamp, prompt(1))

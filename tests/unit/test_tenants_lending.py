@@ -285,7 +285,7 @@ class Told:
 
 
 def test_metrics_know_whose_donors_stood_in_and_what_clients_are_not_told():
-    world = World()
+    world = World(strategy="epic")
     world.pipeline.metrics = told = Told()
     world.donate(LIBRARY, 1)
     world.donate(space("initech"), 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -229,17 +230,17 @@ class Pipeline:
             return true
         return told(true, session.told, session.strategy, session.config, self.costs)
 
-    def release(self, rid: str, said: np.ndarray | None = None) -> None:
+    def release(self, rid: str, said: Callable[[], np.ndarray | None] = lambda: None) -> None:
         """The request's KV row was given back (finished, aborted or retracted).
 
-        said: its prompt and the first `renewal.ANSWER` tokens of its answer, int64; None when there is no answer.
+        said(): its prompt and the first `renewal.ANSWER` tokens of its answer, int64; None when there is no answer.
         """
         self._donor_of.pop(rid, None)
         self.lending.forget(rid)
         session = self.sessions.pop(rid, None)
         if session is not None:
-            if said is not None and session.plan is not None:
-                self.ledger.answered(session.namespace, said)
+            if session.plan is not None and (text := said()) is not None:
+                self.ledger.answered(session.namespace, text)
             self.lending.release(session.leases)
             self._report(session)
             self._gauges()

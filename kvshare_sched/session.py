@@ -133,7 +133,7 @@ class Session:
             reason=self.reason,
             donors=donors,
             discovered=self.discovered,
-            renewed=self.renewed,
+            renewed=self.renewed if self.plan is not None or self.reason is Reason.RENEWED else 0,
             strategy=self.config.strategy,
             computed_cells=computed,
             layers=costs.layers,

@@ -168,7 +168,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
             return result
         # Nothing else runs, so waiting frees nothing: without its leases the donors themselves can make room.
         if session.plan is not None:
-            reason, none = Reason.NO_MEMORY, {"plan": None, "leases": {}, "renewed": 0}
+            reason, none = Reason.NO_MEMORY, {"plan": None, "leases": {}}
             session = replace(session, reason=reason, outcome=Outcome.ORDINARY, **none)
             result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         # Only when that is not enough, what was guaranteed to others.

@@ -29,7 +29,7 @@ class KVShareRadixCache(UnifiedRadixCache):
     def on_release(self, req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         if self.pipeline is not None:
-            self.pipeline.release(req.rid, said_of(req))
+            self.pipeline.release(req.rid, lambda: said_of(req))
         if self.queue is not None:
             self.queue.released(req)
 

@@ -2,7 +2,7 @@
 
     python scripts/profile_engine.py [--out benchmarks/profile-cpu.json] [SGLang arguments]
 
-Prompts are random ids, so nothing is cached that was not sent on purpose. Some two minutes on a CPU.
+Prompts are random ids, so nothing is cached that was not sent on purpose. Some four minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import nnls
 
 from kvshare_sched import model, server
 from kvshare_sched.client import Client
 from kvshare_sched.simulator.profile import Profile, write
 
 LENGTHS = (64, 256, 512, 1024, 2048, 3072)
+DOCUMENTS = (1, 2, 3, 4, 6)  # of one prompt with reuse
 BATCHES = (1, 2, 4, 8, 16, 32)
 DOCUMENT = 512
+ROUNDS = 3  # of everything, one after the other: a machine that slows down does so for prefill and reuse alike
 ANSWER = 48
 
 
@@ -63,29 +66,39 @@ class Probe:
 
 
 def measure(probe: Probe) -> dict:
-    """The costs of a `Profile`."""
-    probe.prefill_s(256)
-    times = [(n, min(probe.prefill_s(n) for _ in range(2))) for n in LENGTHS]
-    sizes, seconds = np.array(times).T
-    terms = np.stack([np.ones_like(sizes), sizes, sizes**2 / 2], axis=1) / seconds[:, None]  # relative errors
-    fixed, row_s, key_s = np.maximum(0, np.linalg.lstsq(terms, np.ones_like(sizes), rcond=None)[0])
+    """The costs of a `Profile`.
+
+    Time to first token is fitted as fixed + rows x row_s + rows x keys x key_s + copied x copy_s (+ reuse_s), none of
+    them negative and every prompt with the same weight whatever its length, over the medians of the rounds.
+    """
+    probe.prefill_s(256), probe.reuse(1)  # whatever happens only once
+    seconds: dict[tuple[str, int], list[float]] = {}
+    reports: dict[int, dict] = {}
+    for _ in range(ROUNDS):
+        for length in LENGTHS:
+            seconds.setdefault(("prefill", length), []).append(probe.prefill_s(length))
+        for documents in DOCUMENTS:
+            ttft, reports[documents] = probe.reuse(documents)
+            seconds.setdefault(("reuse", documents), []).append(ttft)
+    terms = [(1, n, n * n / 2, 0, 0) for n in LENGTHS]
+    for report in reports.values():
+        prompt = sum(report[name] for name in ("exact", "reused", "fresh"))
+        rows = report["recomputed"] + report["fresh"]
+        terms.append((1, rows, rows * (report["exact"] + prompt) / 2, report["reused"], 1))
+    medians = np.array([statistics.median(s) for s in seconds.values()])
+    (fixed, row_s, key_s, copy_s, reuse_s), _ = nnls(np.array(terms) / medians[:, None], np.ones(len(medians)))
+    for (kind, size), median, row in zip(seconds, medians, terms, strict=True):
+        fitted = float(np.dot(row, (fixed, row_s, key_s, copy_s, reuse_s)))
+        print(f"{kind:8} {size:5}  {median:7.3f} s, fitted {fitted:7.3f}", flush=True)
     decode = [(n, probe.step_s(n)) for n in BATCHES]
     pass_s = max(0.0, min(fixed, decode[0][1] - row_s))
-    extra, copied, share = [], [], []
-    for documents in (1, 2, 4, 6):
-        ttft, report = probe.reuse(documents)
-        rows = report["recomputed"] + report["fresh"]
-        extra.append(ttft - fixed - rows * (row_s + key_s * (report["exact"] + report["reused"]) / 2))
-        copied.append(report["reused"])
-        share.append(report["recomputed"] / max(1, report["reused"]))
-    copy_s, reuse_s = np.polyfit(copied, extra, 1)
     return {
         "pass_s": pass_s,
         "row_s": row_s,
         "key_s": key_s,
-        "copy_s": max(0.0, copy_s),
-        "reuse_s": max(0.0, reuse_s),
-        "recompute": statistics.fmean(share),
+        "copy_s": copy_s,
+        "reuse_s": reuse_s,
+        "recompute": statistics.fmean(r["recomputed"] / max(1, r["reused"]) for r in reports.values()),
         "decode_s": tuple(decode),
         "request_s": fixed - pass_s,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvshare_sched.series import DEFAULT, ORIGINS
 from kvshare_sched.tenants.namespaces import owner_of
-from kvshare_sched.types import Namespace, Reason
+from kvshare_sched.types import Namespace, Reason, ReusePlan
 
 RUNS = 256  # of a prompt that are listed; what lies behind them is one run `unlisted`
 UNLISTED = "unlisted"
@@ -37,14 +37,12 @@ def details(session, namespace: Namespace, index) -> dict:
     A donor of another namespace, or one that has left, is not named: only how foreign its context was. What was found
     in another tenant's conversations is not told at all: the runs are those of the plan that the report tells of.
     """
-    runs, at = [_run("exact", 0, session.exact_len)], session.exact_len
-    for segment in session.told_plan.segments if session.told_plan is not None else ():
-        runs.append(_run("fresh", at, segment.start - at))
-        lenders = [_lender(place, namespace, index) for place in segment.places]
-        runs.append(_run("reused", segment.start, segment.length) | {"donors": lenders})
-        at = segment.end
-    runs.append(_run("fresh", at, session.prompt_len - at))
-    runs = [run for run in runs if run["length"]]
+    plan = session.told_plan or ReusePlan(session.prompt_len, session.exact_len, ())
+    runs = [_run("exact", 0, plan.exact_len)] if plan.exact_len else []
+    for start, end, segment in plan.runs():
+        runs.append(_run("fresh" if segment is None else "reused", start, end - start))
+        if segment is not None:
+            runs[-1]["donors"] = [_lender(place, namespace, index) for place in segment.places]
     if len(runs) > RUNS:
         start = runs[RUNS]["start"]
         runs[RUNS:] = [_run(UNLISTED, start, session.prompt_len - start)]

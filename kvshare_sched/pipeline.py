@@ -240,7 +240,7 @@ class Pipeline:
         session = self.sessions.pop(rid, None)
         if session is not None:
             if session.plan is not None and (text := said()) is not None:
-                self.ledger.answered(session.namespace, text)
+                self.ledger.said(session.namespace, text)
             self.lending.release(session.leases)
             self._report(session)
             self._gauges()

@@ -13,7 +13,7 @@ Prompts are compared by 64-bit hashes alone, each namespace for itself: a collis
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,16 +44,60 @@ class Bill:
     exact_until: int  # the prompt had better be computed exactly up to here; 0: nowhere
 
 
-class Ledger:
-    """Rent paid so far, and conversations that may go on."""
+class Rents:
+    """Rent paid so far, and conversations that may go on, in whatever keys a caller knows prompts by."""
 
-    def __init__(self, window: int, min_run: int):
-        self._window, self._min_run = window, min_run
-        self._paid, self._answers = _Memory(_PAID), _Memory(_ANSWERS)
-        self._drawn: tuple = (None, None, None)  # key, hashes of the beginnings, pieces: who is refused asks again
+    def __init__(self):
+        self.clear()
 
     def __len__(self) -> int:
         return len(self._paid) + len(self._answers)
+
+    def clear(self) -> None:
+        """The tree was emptied, and what was computed exactly is gone."""
+        self._paid, self._answers = _Memory(_PAID), _Memory(_ANSWERS)
+
+    def due(
+        self, namespace: Namespace, pieces: tuple[Piece, ...], lengths: Sequence[int], beginnings: Sequence[int]
+    ) -> Bill:
+        """What a prompt had better compute exactly, and what it pays for the rest.
+
+        beginnings: keys of those that end behind the first approximate token; lengths: theirs, in tokens, ascending.
+        """
+        until = self._continues(namespace, lengths, beginnings)
+        paid, gain, best = self._paid.of(namespace), 0.0, 0.0
+        for piece in pieces:
+            gain += sum(paid.get(key, 0.0) for key in piece.keys) - piece.price
+            if gain > best:
+                best, until = gain, max(until, piece.end)
+        return Bill(namespace, pieces, until)
+
+    def _continues(self, namespace: Namespace, lengths: Sequence[int], beginnings: Sequence[int]) -> int:
+        """Length of the longest beginning that ends with an answer; 0: there is none."""
+        if not (answers := self._answers.of(namespace)) or answers.keys().isdisjoint(beginnings):
+            return 0
+        return max(length for length, key in zip(lengths, beginnings, strict=True) if key in answers)
+
+    def pay(self, bill: Bill) -> None:
+        """The request runs."""
+        for piece in bill.pieces:
+            for key in piece.keys:
+                paid = self._paid.pop(bill.namespace, key)
+                if piece.end > bill.exact_until:
+                    self._paid.put(bill.namespace, key, paid + piece.rent / len(piece.keys))
+
+    def answered(self, namespace: Namespace, key: int) -> None:
+        """A request that borrowed has ended; `key`: of its prompt with its answer."""
+        self._answers.put(namespace, key, 0.0)
+
+
+class Ledger(Rents):
+    """Prompts in tokens: what they have in common is found by hashes."""
+
+    def __init__(self, window: int, min_run: int):
+        super().__init__()
+        self._window, self._min_run = window, min_run
+        self._drawn: tuple = (None, None, None)  # key, hashes of the beginnings, pieces: who is refused asks again
 
     def bill(self, view: RequestView, plan: ReusePlan, charge: Callable[[int, int], float], ratio: float) -> Bill:
         """What a request had better compute exactly, and what it pays for the rest.
@@ -65,52 +109,28 @@ class Ledger:
         if self._drawn[0] != key:
             beginnings = beginning_hashes(view.token_ids)
             self._drawn = key, beginnings, tuple(self._pieces(view, plan, charge, ratio, beginnings))
-        _, beginnings, found = self._drawn
-        paid, gain, best = self._paid.of(view.namespace), 0.0, 0.0
-        until = self._continues(view.namespace, beginnings, plan.approximate_from)
-        for piece in found:
-            gain += sum(paid.get(key, 0.0) for key in piece.keys) - piece.price
-            if gain > best:
-                best, until = gain, max(until, piece.end)
-        return Bill(view.namespace, found, until)
+        _, beginnings, pieces = self._drawn
+        first = plan.approximate_from + 1
+        return self.due(view.namespace, pieces, range(first, len(beginnings)), beginnings[first:].tolist())
 
-    def _continues(self, namespace: Namespace, beginnings: np.ndarray, start: int) -> int:
-        """Length of the longest beginning, beyond `start`, that ends with an answer; 0: there is none."""
-        if not (answers := self._answers.of(namespace)):
-            return 0
-        later = beginnings[start + 1 :].tolist()
-        if answers.keys().isdisjoint(later):
-            return 0
-        return start + 1 + max(i for i, hashed in enumerate(later) if hashed in answers)
+    def said(self, namespace: Namespace, text: np.ndarray) -> None:
+        """A request that borrowed has ended; `text`: prompt and at most ANSWER tokens of its answer, int64."""
+        self.answered(namespace, int(beginning_hashes(text)[-1]))
 
     def _pieces(self, view, plan: ReusePlan, charge, ratio: float, beginnings: np.ndarray) -> Iterator[Piece]:
         """Borrowed text costs its recomputed part, again for whoever comes with the same beginning. Fresh text, of
         `min_run` tokens at least, costs everybody who has it anywhere what borrowing it would save."""
-        for start, end, borrowed in _stretches(view, plan):
-            length = end - start
-            if borrowed:
+        last = min(view.fresh_from, view.prompt_len - 1)  # nobody is spared what lies behind
+        for start, end, segment in plan.runs():
+            if start < plan.approximate_from:
+                continue
+            if segment is not None:
                 rent = charge(start, end)
-                yield Piece(end, length - rent, rent, (int(beginnings[end]),))
-            elif length >= self._min_run:
+                yield Piece(end, end - start - rent, rent, (int(beginnings[end]),))
+            elif (length := (end := min(end, last)) - start) >= self._min_run:
                 hashes = window_hashes(view.token_ids[start:end], self._window)
                 kept = hashes[winnow(hashes, self._min_run - self._window + 1)]
                 yield Piece(end, 0.0, (1 - ratio) * length, tuple(dict.fromkeys(kept.tolist())))
-
-    def pay(self, bill: Bill) -> None:
-        """The request runs."""
-        for piece in bill.pieces:
-            for key in piece.keys:
-                paid = self._paid.pop(bill.namespace, key)
-                if piece.end > bill.exact_until:
-                    self._paid.put(bill.namespace, key, paid + piece.rent / len(piece.keys))
-
-    def answered(self, namespace: Namespace, said: np.ndarray) -> None:
-        """A request that borrowed has ended; `said`: prompt and at most ANSWER tokens of its answer, int64."""
-        self._answers.put(namespace, int(beginning_hashes(said)[-1]), 0.0)
-
-    def clear(self) -> None:
-        """The tree was emptied, and what was computed exactly is gone."""
-        self._paid, self._answers = _Memory(_PAID), _Memory(_ANSWERS)
 
 
 class _Memory:
@@ -145,15 +165,3 @@ class _Memory:
         if self._size > self._limit:
             oldest = next(iter(self._tables))
             self.pop(oldest, next(iter(self._tables[oldest])))
-
-
-def _stretches(view: RequestView, plan: ReusePlan) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, borrowed) of everything that may be borrowed, from the first borrowed token on."""
-    edge = plan.approximate_from
-    for segment in plan.segments:
-        if segment.start > edge:
-            yield edge, segment.start, False
-        yield segment.start, segment.end, True
-        edge = segment.end
-    if (end := min(view.fresh_from, view.prompt_len - 1)) > edge:
-        yield edge, end, False

@@ -186,6 +186,17 @@ class ReusePlan:
         """First position whose KV depends on another context; everything before it is exact KV."""
         return self.segments[0].start if self.segments else self.prompt_len
 
+    def runs(self) -> Iterator[tuple[int, int, Segment | None]]:
+        """(start, end, what stands in for it) of everything behind the exact tokens, in order; None: nothing does."""
+        edge = self.exact_len
+        for segment in self.segments:
+            if segment.start > edge:
+                yield edge, segment.start, None
+            yield segment.start, segment.end, segment
+            edge = segment.end
+        if edge < self.prompt_len:
+            yield edge, self.prompt_len, None
+
     def clip(self, start: int, end: int) -> Iterator[Segment]:
         """The segments' parts inside one chunk [start, end)."""
         for segment in self.segments:

@@ -27,7 +27,8 @@ DOCUMENTS = (1, 2, 3, 4, 6)  # of one prompt with reuse
 BATCHES = (1, 2, 4, 8, 16, 32)
 DOCUMENT = 512
 ROUNDS = 3  # of everything, one after the other: a machine that slows down does so for prefill and reuse alike
-ANSWER = 48
+ANSWER = 24
+CONTEXT = 1024  # tokens before an answer, for what attention costs in a decode step
 
 
 class Probe:
@@ -52,17 +53,21 @@ class Probe:
         answer = self.client.generate(prompt, new_tokens=1, namespace=name)
         return answer.ttft_s, answer.report
 
-    def step_s(self, batch: int) -> float:
-        """Seconds of a decode step with `batch` requests at once; prompts are short."""
+    def step_s(self, batch: int, context: int = 0) -> float:
+        """Seconds of a decode step with `batch` requests at once behind `context` tokens that are cached."""
+        name, before = next(self._names), self.ids(context)
+        self.client.generate([*before, 1], new_tokens=1, namespace=name)
 
-        def one(_) -> float:
-            body = self.client._body(self.ids(16), ANSWER, next(self._names), True)
+        def one(tail: list[int], tokens: int) -> float:
+            body = self.client._body([*before, *tail], tokens, name, True)
             body["sampling_params"]["ignore_eos"] = True
-            meta = Client(self.client.url).post("/generate", body).json()["meta_info"]
-            return meta["e2e_latency"] / ANSWER
+            return Client(self.client.url).post("/generate", body).json()["meta_info"]["e2e_latency"]
 
         with ThreadPoolExecutor(batch) as pool:
-            return statistics.median(pool.map(one, range(batch)))
+            prefill, whole = (
+                max(pool.map(one, [self.ids(16) for _ in range(batch)], [tokens] * batch)) for tokens in (1, 1 + ANSWER)
+            )
+        return (whole - prefill) / ANSWER
 
 
 def measure(probe: Probe) -> dict:
@@ -91,6 +96,9 @@ def measure(probe: Probe) -> dict:
         fitted = float(np.dot(row, (fixed, row_s, key_s, copy_s, reuse_s)))
         print(f"{kind:8} {size:5}  {median:7.3f} s, fitted {fitted:7.3f}", flush=True)
     decode = [(n, probe.step_s(n)) for n in BATCHES]
+    behind = [probe.step_s(n, CONTEXT) for n in BATCHES]
+    print("decode ", *(f"{n}: {a:.3f} s, {b:.3f} behind {CONTEXT}" for (n, a), b in zip(decode, behind, strict=True)))
+    more = sum(b - a for (_, a), b in zip(decode, behind, strict=True))
     pass_s = max(0.0, min(fixed, decode[0][1] - row_s))
     return {
         "pass_s": pass_s,
@@ -100,6 +108,7 @@ def measure(probe: Probe) -> dict:
         "reuse_s": reuse_s,
         "recompute": statistics.fmean(r["recomputed"] / max(1, r["reused"]) for r in reports.values()),
         "decode_s": tuple(decode),
+        "decode_key_s": max(0.0, more / (CONTEXT * sum(BATCHES))),
         "request_s": fixed - pass_s,
     }
 

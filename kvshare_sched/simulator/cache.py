@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvshare_sched.simulator.traffic import Block
 
-_SHORTEST = 32  # tokens of a run that may be reused elsewhere
+SHORTEST = 32  # tokens of a run that may be reused elsewhere
 
 
 class _Node:
@@ -45,16 +45,17 @@ class Cache:
         self._ends: list[tuple[int, int, str, _Node]] = []  # (used, number, tenant, end of a path); some out of date
         self._time = self._number = 0
 
-    def find(self, tenant: str, blocks: Sequence[Block]) -> Found:
-        """No side effects."""
+    def find(self, tenant: str, blocks: Sequence[Block], computed: int = 0) -> Found:
+        """No side effects. `computed`: borrow nothing among so many tokens at the start."""
         node, depth, exact = self._roots.get(tenant), 0, 0
         while node is not None and depth < len(blocks) and (child := node.children.get(blocks[depth])) is not None:
             node, exact, depth = child, exact + blocks[depth][1], depth + 1
         homes = self._homes.get(tenant, ())
-        reused, lacks, first = 0, [], None
+        reused, lacks, first, end = 0, [], None, exact
         for place in range(depth, len(blocks)):
             block = blocks[place]
-            if self.reuse and block[1] >= _SHORTEST and block in homes:
+            end += block[1]
+            if self.reuse and end > computed and block[1] >= SHORTEST and block in homes:
                 reused += block[1]
                 first = (place, len(lacks)) if first is None else first
             else:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvshare_sched.errors import ConfigError
+from kvshare_sched.renewal import Bill, Rents
 from kvshare_sched.scheduling.duplicates import Texts
 from kvshare_sched.scheduling.order import Waiting
 from kvshare_sched.scheduling.queue import Queue, room_beside
+from kvshare_sched.simulator import rent
 from kvshare_sched.simulator.cache import Cache, Found
 from kvshare_sched.simulator.profile import Profile
 from kvshare_sched.simulator.traffic import Request
@@ -40,11 +42,13 @@ class _Live:
     rid: str
     due_s: float
     found: Found | None = None
+    bill: Bill | None = None  # of one that borrows
     rows: float = 0.0  # still to compute in prefill
     ran: float = 0.0
     first_s: float = 0.0
     left: int = 0  # output tokens to come
-    held: int = 0  # tokens of KV it keeps
+    held: int = 0  # tokens of KV it keeps, over the prefix it found
+    shared: int = 0  # of them in the tree, where they are counted, too
 
 
 class Engine:
@@ -53,6 +57,7 @@ class Engine:
     def __init__(self, profile: Profile, queue: Queue, *, reuse: bool = True):
         self.profile, self.queue = profile, queue
         self.cache = Cache(profile.capacity, reuse)
+        self.rents = Rents()
         self.now = 0.0
         self.passes = 0
         self._live: dict[str, _Live] = {}
@@ -62,7 +67,8 @@ class Engine:
         self._of_tenant: dict[str, dict[str, None]] = {}
         self._answered: set[tuple[str, int]] = set()
         self._blocked: dict[str, list[Request]] = {}  # by session: due, but quote an answer that is not there yet
-        self._held = 0
+        self._held = self._shared = 0
+        self._keys = 0  # tokens before the next ones of the running answers
         self._arrivals = itertools.count()
         self._done: list[Done] = []
 
@@ -107,7 +113,14 @@ class Engine:
         self._of_tenant.setdefault(request.tenant, {})[rid] = None
 
     def _look(self, live: _Live) -> None:
-        live.found = found = self.cache.find(live.request.tenant, live.request.blocks)
+        tenant, blocks = live.request.tenant, live.request.blocks
+        found, live.bill = self.cache.find(tenant, blocks), None
+        if found.reused:
+            live.bill = rent.bill(self.rents, tenant, blocks, found, self.profile.recompute)
+            if until := live.bill.exact_until:
+                found = self.cache.find(tenant, blocks, until)
+                live.bill = replace(live.bill, exact_until=sum(tokens for _, tokens in blocks[: found.path]))
+        live.found = found
         fresh = live.request.prompt - found.exact - found.reused
         live.rows = max(1.0, fresh + found.reused * (self.profile.recompute + self.profile.copy_price))
 
@@ -149,7 +162,7 @@ class Engine:
             self._long = long if long.ran + piece < long.rows else None
         for rid in order.ready:
             live = self._live[rid]
-            need = live.request.prompt + live.request.new_tokens
+            need = live.request.prompt - live.found.exact + live.request.new_tokens
             if budget <= 0 or len(self._running) + len(batch) >= profile.running:
                 break
             if (self._long is not None and live.rows > budget) or not self.queue.may_start(rid):
@@ -158,6 +171,8 @@ class Engine:
             if busy and not self.queue.has_room(self._held, need, profile.capacity):
                 break
             self._look(live)
+            if live.bill is not None:
+                self.rents.pay(live.bill)
             if live.found.reused:
                 self.cache.touch(live.request.tenant, live.request.blocks)
             piece = min(live.rows, budget)
@@ -194,28 +209,34 @@ class Engine:
     def _first_token(self, live: _Live) -> None:
         request = live.request
         self.queue.duplicates.done(live.rid)
-        self._publish(request, request.blocks[: live.found.path])
+        exact = request.blocks[: live.found.path]
+        live.shared = min(live.held, sum(tokens for _, tokens in exact) - live.found.exact)
+        self._shared += live.shared
+        self._publish(request, exact)
         live.first_s = self.now
         self.queue.generated(live.rid, 1)
         live.left -= 1
         self._running[live.rid] = live
+        self._keys += request.prompt + 1
         if live.left <= 0:
             self._finish(live)
 
     def _publish(self, request: Request, blocks) -> None:
         if self.cache.publish(request.tenant, blocks) and (waiting := self._of_tenant.get(request.tenant)):
             self._stale[request.tenant] = dict(waiting)
-        self.cache.shrink(max(0, self.profile.capacity - self._held))
+        self.cache.shrink(max(0, self.profile.capacity - self._held + self._shared))
 
     def _decode(self, until_s: float | None) -> bool:
         """Steps of everybody who runs, up to the next finish or arrival."""
         if not self._running:
             return False
-        step = self.profile.decode(len(self._running))
+        running = len(self._running)
+        step = self.profile.decode(running, self._keys)
         steps = min(live.left for live in self._running.values())
         if until_s is not None:
             steps = min(steps, max(1, int((until_s - self.now) / step) + 1))
-        self.now += steps * step
+        self.now += steps * self.profile.decode(running, self._keys + running * (steps - 1) / 2)
+        self._keys += steps * running
         for live in list(self._running.values()):
             self.queue.generated(live.rid, steps)
             live.left -= steps
@@ -227,10 +248,14 @@ class Engine:
         request, found = live.request, live.found
         del self._running[live.rid], self._live[live.rid]
         self._held -= live.held
+        self._shared -= live.shared
+        self._keys -= request.prompt + request.new_tokens
         self.queue.finish(live.rid)
+        whole = (*request.blocks, (f"{request.session}:answer/{request.step}", request.new_tokens))
         if found.path == len(request.blocks):  # exact to the end, so the answer is too
-            answer = (f"{request.session}:answer/{request.step}", request.new_tokens)
-            self._publish(request, (*request.blocks, answer))
+            self._publish(request, whole)
+        else:
+            rent.answered(self.rents, request.tenant, whole)
         self._done.append(
             Done(
                 *(request.tenant, live.due_s, live.first_s + self.profile.request_s, self.now + self.profile.request_s),

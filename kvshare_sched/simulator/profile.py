@@ -21,6 +21,7 @@ class Profile:
     reuse_s: float  # a request that reuses, over one that does not
     recompute: float  # share of the reused tokens that is computed again
     decode_s: tuple[tuple[int, float], ...]  # (running requests, seconds of one step), ascending
+    decode_key_s: float = 0.0  # an output token looking at one earlier token; `decode_s` is of short prompts
     request_s: float = 0.0  # from a client's socket to the queue, and back
     chunk: int = 4096  # prefill tokens of one pass
     capacity: int = 100_000  # tokens of KV
@@ -36,14 +37,18 @@ class Profile:
         """Seconds of `rows` tokens that look at `keys` tokens each on average."""
         return rows * (self.row_s + keys * self.key_s)
 
-    def decode(self, running: int) -> float:
-        """Seconds of one step: between measured sizes on a line, beyond them along the last one."""
+    def decode(self, running: int, keys: float = 0.0) -> float:
+        """Seconds of one step that looks at `keys` tokens in all.
+
+        Between measured sizes on a line, beyond them along the last one.
+        """
         if len(self.decode_s) == 1:
-            return self.decode_s[0][1]
+            return self.decode_s[0][1] + keys * self.decode_key_s
         steps = [batch for batch, _ in self.decode_s]
         upper = min(max(1, bisect.bisect_left(steps, running)), len(steps) - 1)
         (a, at_a), (b, at_b) = self.decode_s[upper - 1], self.decode_s[upper]
-        return max(min(at_a, at_b), at_a + (at_b - at_a) * (running - a) / (b - a))
+        rows_s = max(min(at_a, at_b), at_a + (at_b - at_a) * (running - a) / (b - a))
+        return rows_s + keys * self.decode_key_s
 
     @property
     def copy_price(self) -> float:

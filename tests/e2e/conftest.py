@@ -73,7 +73,10 @@ def leaves_nothing_behind(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Modules that start servers of their own come first, then those with the same configuration together."""
+    """End to end comes last: an idle server keeps a core busy, and the rest of the tests need both.
+
+    Modules that start servers of their own come before those that share one; these in groups of one configuration.
+    """
     if not has_nvidia_gpu():
         left_out = [item for item in items if "/e2e/" in str(item.path) and item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
@@ -83,5 +86,4 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.e2e)
     shared = {item.module for item in ours if "server" in item.fixturenames}
     ours.sort(key=lambda item: str(_configuration(item.module)) if item.module in shared else "")
-    sorted_ones = iter(ours)
-    items[:] = [next(sorted_ones) if "/e2e/" in str(item.path) else item for item in items]
+    items[:] = [item for item in items if "/e2e/" not in str(item.path)] + ours

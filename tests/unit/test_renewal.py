@@ -82,7 +82,7 @@ def test_the_second_turn_of_a_conversation_buys_what_the_first_borrowed(world):
     answer, question = text(20, 30), text(21, 40)
     assert world.run(HEAD, (LENT,), END) == 0
     first = world.prompt
-    world.ledger.answered(HERE, np.concatenate((first, answer[: renewal.ANSWER])))
+    world.ledger.said(HERE, np.concatenate((first, answer[: renewal.ANSWER])))
     known = len(first) + renewal.ANSWER
     assert world.run(HEAD, (LENT,), END, answer, question, (text(22, 70),), END) == known, (
         "what comes after is borrowed"
@@ -95,7 +95,7 @@ def test_the_second_turn_of_a_conversation_buys_what_the_first_borrowed(world):
 def test_of_several_turns_the_last_counts(world):
     said = [np.concatenate((HEAD, LENT, text(30, 60)[:length])) for length in (10, 30, 50)]
     for beginning in said:
-        world.ledger.answered(HERE, beginning)
+        world.ledger.said(HERE, beginning)
     assert world.run(HEAD, (LENT,), text(30, 60), END) == len(said[-1])
 
 
@@ -113,7 +113,7 @@ def test_the_memory_is_bounded_and_ends_with_the_cache(monkeypatch):
     world.run(HEAD, (LENT,), NEW)
     for seed in range(100, 200):
         world.run(HEAD, (text(seed, 40),), text(1000 + seed, 60))
-        world.ledger.answered(HERE, world.prompt)
+        world.ledger.said(HERE, world.prompt)
     assert len(world.ledger) == 70
     assert world.run(HEAD, (text(199, 40),), text(1199, 60), END) > 0, "the latest is known"
     assert world.run(HEAD, (text(100, 40),), text(1100, 60), END) == 0, "the oldest is not"

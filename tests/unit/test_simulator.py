@@ -84,6 +84,14 @@ def test_decode_steps_lie_on_the_lines_between_what_was_measured():
     assert [PROFILE.decode(n) for n in (1, 2, 3, 4, 5, 7)] == pytest.approx([0.02, 0.03, 0.04, 0.045, 0.05, 0.06])
 
 
+def test_a_decode_step_pays_for_the_tokens_it_looks_at():
+    costs = replace(PROFILE, decode_key_s=1e-5)
+    assert costs.decode(3, 5000) == pytest.approx(0.04 + 0.05)
+    done = list(engine(profile=costs).run([ask(0.0, A, new=11)]))
+    seen = sum(range(401, 411))
+    assert done[0].end_s - done[0].first_s == pytest.approx(10 * 0.02 + seen * 1e-5)
+
+
 def test_a_profile_is_read_as_it_was_written_and_anything_else_is_refused(tmp_path):
     path = tmp_path / "profile.json"
     profiles.write(path, PROFILE)
@@ -136,6 +144,30 @@ def test_duplicates_wait_and_reuse():
     load = [ask(0.0, A, B, session=str(n)) for n in range(3)]
     done = list(engine("fair").run(load))
     assert sorted(d.exact for d in done) == [0, 800, 800]
+
+
+def test_what_is_borrowed_again_and_again_is_computed_once():
+    """The price, 2 x 400 x 0.9, is paid after nine requests at 2 x 400 x 0.1 and exceeded after ten."""
+    load = [ask(0.0, A, B)] + [ask(10.0 * n, B, A, (f"q{n}", 10)) for n in range(1, 14)]
+    done = list(engine().run(load))
+    assert [d.reused for d in done] == [0] + [800] * 10 + [0] * 3
+    assert [d.exact for d in done] == [0] * 12 + [800] * 2
+
+
+def test_the_second_turn_of_a_conversation_computes_what_the_first_borrowed():
+    blocks, load = (B, A, ("q0", 10)), [ask(0.0, A, B)]
+    for step in range(3):
+        load.append(ask(10.0 + step, *blocks, session="s", step=step, new=40, needs=(step - 1,) if step else ()))
+        blocks = (*blocks, (f"s:answer/{step}", 40), (f"q{step + 1}", 10))
+    done = list(engine().run(load))[1:]
+    assert [(d.exact, d.reused) for d in done] == [(0, 800), (0, 0), (900, 0)]
+
+
+def test_kv_in_the_tree_counts_once():
+    """Three prompts of 900 tokens over one text of 800 fit into a pool of 1,400 at once."""
+    load = [ask(0.0, A, B), *(ask(10.0, A, B, (f"q{n}", 100), new=50, session=str(n)) for n in range(3))]
+    done = list(engine(profile=replace(PROFILE, capacity=1400)).run(load))
+    assert len({d.first_s for d in done[1:]}) == 1 and [d.exact for d in done[1:]] == [800] * 3
 
 
 def test_a_quote_of_an_answer_that_never_comes_is_an_error_and_no_endless_loop():

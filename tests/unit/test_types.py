@@ -110,6 +110,15 @@ def test_plan_questions():
         (1, 0, 10, 5),
         (0, 50, 20, 2),
     ]
+    first, second, third = plan.segments
+    assert list(plan.runs()) == [
+        (2, 4, None),
+        (4, 10, first),
+        (10, 15, second),
+        (15, 20, None),
+        (20, 29, third),
+        (29, 30, None),
+    ]
 
 
 def test_plan_without_segments_is_all_exact_or_fresh():
@@ -117,6 +126,7 @@ def test_plan_without_segments_is_all_exact_or_fresh():
     assert (plan.reused_len, plan.fresh_len, plan.approximate_from) == (0, 18, 30)
     assert plan.forced_positions(0, 30).dtype == np.int64 and len(plan.forced_positions(0, 30)) == 0
     assert not plan.reused_mask(0, 30).any() and list(plan.clip(0, 30)) == []
+    assert list(plan.runs()) == [(12, 30, None)]
 
 
 def test_forced_head_never_leaves_a_short_segment():

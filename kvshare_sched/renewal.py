@@ -13,7 +13,7 @@ Prompts are compared by 64-bit hashes alone, each namespace for itself: a collis
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,7 @@ class Piece:
 class Bill:
     """One request's part."""
 
-    namespace: Namespace
+    namespace: Hashable
     pieces: tuple[Piece, ...]  # in prompt order
     exact_until: int  # the prompt had better be computed exactly up to here; 0: nowhere
 
@@ -58,7 +58,7 @@ class Rents:
         self._paid, self._answers = _Memory(_PAID), _Memory(_ANSWERS)
 
     def due(
-        self, namespace: Namespace, pieces: tuple[Piece, ...], lengths: Sequence[int], beginnings: Sequence[int]
+        self, namespace: Hashable, pieces: tuple[Piece, ...], lengths: Sequence[int], beginnings: Sequence[int]
     ) -> Bill:
         """What a prompt had better compute exactly, and what it pays for the rest.
 
@@ -72,7 +72,7 @@ class Rents:
                 best, until = gain, max(until, piece.end)
         return Bill(namespace, pieces, until)
 
-    def _continues(self, namespace: Namespace, lengths: Sequence[int], beginnings: Sequence[int]) -> int:
+    def _continues(self, namespace: Hashable, lengths: Sequence[int], beginnings: Sequence[int]) -> int:
         """Length of the longest beginning that ends with an answer; 0: there is none."""
         if not (answers := self._answers.of(namespace)) or answers.keys().isdisjoint(beginnings):
             return 0
@@ -86,7 +86,7 @@ class Rents:
                 if piece.end > bill.exact_until:
                     self._paid.put(bill.namespace, key, paid + piece.rent / len(piece.keys))
 
-    def answered(self, namespace: Namespace, key: int) -> None:
+    def answered(self, namespace: Hashable, key: int) -> None:
         """A request that borrowed has ended; `key`: of its prompt with its answer."""
         self._answers.put(namespace, key, 0.0)
 
@@ -138,15 +138,15 @@ class _Memory:
 
     def __init__(self, limit: int):
         self._limit, self._size = limit, 0
-        self._tables: OrderedDict[Namespace, OrderedDict[int, float]] = OrderedDict()
+        self._tables: OrderedDict[Hashable, OrderedDict[int, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return self._size
 
-    def of(self, namespace: Namespace) -> Mapping[int, float]:
+    def of(self, namespace: Hashable) -> Mapping[int, float]:
         return self._tables.get(namespace, {})
 
-    def pop(self, namespace: Namespace, key: int) -> float:
+    def pop(self, namespace: Hashable, key: int) -> float:
         """Takes a number out; 0 when there is none."""
         table = self._tables.get(namespace, {})
         if key not in table:
@@ -157,7 +157,7 @@ class _Memory:
             del self._tables[namespace]
         return found
 
-    def put(self, namespace: Namespace, key: int, number: float) -> None:
+    def put(self, namespace: Hashable, key: int, number: float) -> None:
         self.pop(namespace, key)
         self._tables.setdefault(namespace, OrderedDict())[key] = number
         self._tables.move_to_end(namespace)

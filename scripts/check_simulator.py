@@ -2,8 +2,8 @@
 
     python scripts/check_simulator.py --trace TRACE --raw RAW [--profile P] [--order fair] [--out FILE]
 
-RAW: the run's token times, JSON lines with session, step, due_s and token_s. Requests of the trace that come before
-those of RAW and are not in it are its warm-up: they are simulated first and not counted.
+RAW: the run's token times, JSON lines with session, step, due_s and token_s. Sessions of the trace before the first of
+RAW are its warm-up: they are simulated first, one request after the other, and not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvshare_sched.config import KVShareConfig
 from kvshare_sched.simulator import profile, report, traffic
 from kvshare_sched.simulator.engine import Engine
 
-_WARM_UP_S = 1000.0  # between the warm-up and the rest
+_PAUSE_S = 30.0  # between two requests of the warm-up
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -37,19 +37,20 @@ def main() -> None:
     options = parser.parse_args()
     rows = [json.loads(line) for line in Path(options.raw).read_text().splitlines() if line.strip()]
     real = {(str(r["session"]), r["step"]): r for r in rows if r.get("token_s")}
-    requests = []
+    first, start_s, requests = min(int(session) for session, _ in real), 0.0, []
     for request in traffic.read(options.trace):
-        row = real.get((request.session, request.step))
-        if row is not None:
-            requests.append(replace(request, at_s=_WARM_UP_S + row["due_s"], needs=()))
-        elif len(requests) < len(real):
-            requests.append(replace(request, at_s=0.0) if not requests or requests[-1].at_s == 0 else request)
-    requests = sorted((r for r in requests if r.at_s == 0 or r.at_s >= _WARM_UP_S), key=lambda r: r.at_s)
+        if int(request.session) < first:
+            requests.append(replace(request, at_s=start_s))
+            start_s += _PAUSE_S
+    for request in traffic.read(options.trace):
+        if (row := real.get((request.session, request.step))) is not None:
+            requests.append(replace(request, at_s=start_s + row["due_s"], needs=()))
+    requests.sort(key=lambda r: r.at_s)
     costs = profile.read(options.profile)
     done = Engine(costs, report.queue_of(options.order, KVShareConfig.load(), costs)).run(requests)
     found = {
         "server": spread([r["token_s"][0] - r["due_s"] for r in real.values()]),
-        "simulator": spread([d.first_s - d.due_s for d in done if d.due_s >= _WARM_UP_S]),
+        "simulator": spread([d.first_s - d.due_s for d in done if d.due_s >= start_s]),
         "requests": len(real),
         "trace": Path(options.trace).name,
     }

@@ -22,6 +22,7 @@ from kvshare_sched.loadtest.blocks import Block
 from kvshare_sched.loadtest.traces import Request
 
 _TIMEOUT_S = 3600
+_KEEP_S = 2.0  # an idle socket: servers close theirs (uvicorn after 5 s), and a request sent at that moment is lost
 _TOKENIZE_BATCH = 64
 _ORIGINS = ("exact", "reused", "recomputed", "fresh", "outcome", "reason")
 
@@ -69,7 +70,7 @@ class Player:
     async def _play(self, requests: Sequence[Request], progress: _Progress) -> list[dict]:
         self._done = {(r.session, r.step): asyncio.Event() for r in requests}
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=self._sockets)
+        connector = aiohttp.TCPConnector(limit=self._sockets, keepalive_timeout=_KEEP_S)
         # An answer carries its whole report and, on a long one, all its ids: lines are far longer than the default.
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=1 << 22) as http:
             start = time.perf_counter()

@@ -79,7 +79,7 @@ class KVShareConfig:
     pool_keep: float = _setting(
         0.3,
         "share of the KV pool",
-        "kept for cached text when all prompts hit; less as they hit less",
+        "kept at most for cached text that prompts have hit lately",
         low=0.0,
         high=0.9,
     )

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+import numpy as np
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from kvshare_sched.audit import tenant_of
 from kvshare_sched.metrics import QueueMetrics
 from kvshare_sched.peek import Peek, Prompt
 from kvshare_sched.scheduling.fairness import Accounts
+from kvshare_sched.scheduling.in_use import SAMPLE, places
 from kvshare_sched.scheduling.order import Waiting
 from kvshare_sched.scheduling.queue import Order, Queue, room_beside
 from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of, stamp_of, takes_part
@@ -260,11 +262,21 @@ class ServerQueue:
         until = plan.approximate_from if plan is not None else len(req.full_untruncated_fill_ids)
         run = self._running[req.rid] = _Running(req, len(req.output_ids), session, prompt, until)
         hidden = req.prefix_len if session is not None and session.hidden else 0  # it pays for what it found, too
-        self.queue.start(req.rid, hidden + self._work(req))
+        self.queue.start(req.rid, hidden + self._work(req), hits=self._hits(req, session))
         started = self.queue.running[req.rid]
         self._record(lambda metrics: metrics.started(started.account, started.waited))
         if prompt is not None:
             self._computing(req.rid, run)
+
+    def _hits(self, req, session) -> list[tuple[Hashable, float]]:
+        """The cached text of a prompt that starts, see `scheduling.in_use`; hidden reuse keeps nothing for anybody."""
+        if session is None or session.hidden:
+            return []
+        tokens = np.asarray(req.full_untruncated_fill_ids, np.int64)
+        cached = np.arange(len(tokens)) < req.prefix_len
+        for segment in session.plan.segments if session.plan is not None else ():
+            cached[segment.start : segment.end] = True
+        return [((session.namespace, place), SAMPLE) for place in places(tokens, cached, self._config.window)]
 
     def _computing(self, rid: str, run: _Running) -> None:
         """Say what others may wait for: until it is in the tree, which is when the first output token is."""

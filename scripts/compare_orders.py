@@ -64,19 +64,30 @@ def hot_cold(seed: int, requests: int) -> Traffic:
 
 
 def simulate(profile, policy: str, requests: list[Request]) -> dict:
-    """Figures of one run; waits of the tenant `cold` in tokens of service too."""
+    """Figures of one run; waits of the tenant `cold` in tokens of service to others, too."""
     config = KVShareConfig()
     queue = report.queue_of(policy, config, profile)
-    waited, charges, running = {}, [0.0], [0]
-    start = queue.start
+    waited, charges, running, own = {}, [0.0], [0], 0.0  # own: service to `cold` so far
+    came: dict[str, float] = {}
+    start, add, charge = queue.start, queue.add, queue.accounts.charge
 
-    def watched(rid, work, computing=()):
-        start(rid, work, computing)
-        waited[rid] = queue.running[rid].waited
+    def added(waiting, texts):
+        add(waiting, texts)
+        came[waiting.rid] = own
+
+    def started(rid, work, computing=(), hits=()):
+        before = own
+        start(rid, work, computing, hits)
+        waited[rid] = queue.running[rid].waited - (before - came[rid])
         charges.append(work)
         running.append(len(queue.running))
 
-    queue.start = watched
+    def charged(account, tokens):
+        nonlocal own
+        own += tokens if account == "cold" else 0.0
+        return charge(account, tokens)
+
+    queue.start, queue.add, queue.accounts.charge = started, added, charged
     done = [d for d in Engine(profile, queue).run(requests) if d.due_s >= START_S]
     first = np.array([d.first_s - d.due_s for d in done])
     offered = len(done) / (max(d.due_s for d in done) - START_S)

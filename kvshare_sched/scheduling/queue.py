@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvshare_sched.scheduling.duplicates import Duplicates, Texts
 from kvshare_sched.scheduling.fairness import OUTPUT_PRICE, Accounts, sequence
+from kvshare_sched.scheduling.in_use import InUse
 from kvshare_sched.scheduling.order import Rows, Waiting, ranked
 from kvshare_sched.scheduling.table import Table
 
 LIMIT = 256  # requests that one pass may start
-_MEMORY = 20_000  # prompt tokens over which the hit share is averaged
+_MEMORY = 2.0  # pools of prompt tokens: a text that so many have not hit is not in use
 _STEP = 256.0  # tokens of service after which waiting times are looked at again
 _NOTHING = Texts()
 
@@ -62,7 +63,7 @@ class Queue:
         self._ordered_at = (0.0, 0.0)  # clock, room
         self._may: dict[str, tuple[int, str]] = {}  # (tier, account) of the requests that may start in this pass
         self._left: Counter[tuple[int, str]] = Counter()  # how many of them have not
-        self.hit_share = 0.0  # of the prompts that started lately, weighted by their length
+        self.in_use = InUse()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -96,11 +97,13 @@ class Queue:
         """A waiting request is gone; nothing was charged, so nothing is given back."""
         self.accounts.close(self._take(rid)[1])
 
-    def start(self, rid: str, work: float, computing=()) -> None:
-        """A waiting request runs: `work` tokens of its prompt now; `computing`: texts others may wait for."""
-        hits = self.table.hits(rid)
+    def start(self, rid: str, work: float, computing=(), hits: Iterable[tuple[Hashable, float]] = ()) -> None:
+        """A waiting request runs: `work` tokens of its prompt now; `computing`: texts others may wait for.
+
+        hits: cached texts it is made of, (key, tokens).
+        """
         waiting, account = self._take(rid)
-        self._hit(hits, waiting.prompt)
+        self.in_use.hit(hits, waiting.prompt)
         self.running[rid] = _Running(waiting, account, self.clock - waiting.since)
         self.duplicates.computing(rid, computing)
         self.charge(rid, work)
@@ -131,10 +134,6 @@ class Queue:
         self.accounts.close(run.account)
         self._order = None
         return run.waiting
-
-    def _hit(self, tokens: float, prompt: int) -> None:
-        weight = min(1.0, prompt / _MEMORY)
-        self.hit_share += weight * (tokens / max(1, prompt) - self.hit_share)
 
     def _charge(self, account: str, tokens: float) -> None:
         before = self.accounts.rounds(account)
@@ -232,7 +231,8 @@ class Queue:
         Answers that wait for their turn to decode would push out the texts that make the next prompts cheap. So the
         more of the prompts is cached, the more of the pool is kept for that, `keep` at most.
         """
-        return held + need <= capacity * (1 - self.keep * self.hit_share)
+        kept = min(self.keep * capacity, self.in_use.tokens(_MEMORY * capacity))
+        return held + need <= capacity - kept
 
     def may_start(self, rid: str) -> bool:
         """Asked for one request after the other in the order given: whether this one may start in this pass.

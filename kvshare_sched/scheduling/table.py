@@ -40,10 +40,6 @@ class Table:
         """What a request will cost, tokens of ordinary prefill."""
         return float(self._data[_WORK, self.row[rid]])
 
-    def hits(self, rid: str) -> float:
-        """Tokens of its prompt that are cached, here or elsewhere."""
-        return float(self._data[_EXACT : _REUSED + 1, self.row[rid]].sum())
-
     def add(self, waiting: Waiting, account: str, number: int, texts: Texts, item: object) -> None:
         """A request comes; number: its account's."""
         row = len(self)

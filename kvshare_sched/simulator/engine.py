@@ -6,7 +6,7 @@ The queue is the server's own (`scheduling.queue`); time is added up from a prof
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from kvshare_sched.errors import ConfigError
@@ -129,6 +129,11 @@ class Engine:
         tenant, found = live.request.tenant, live.found
         return Texts(tuple(((tenant, block), block[1]) for block in found.lacks), found.gives)
 
+    @staticmethod
+    def _hits(live: _Live) -> Iterator[tuple[Hashable, int]]:
+        lacks = set(live.found.lacks)
+        return (((live.request.tenant, block), block[1]) for block in live.request.blocks if block not in lacks)
+
     def _look_again(self) -> None:
         for _ in range(_AGAIN):
             if not self._stale:
@@ -179,7 +184,7 @@ class Engine:
             live.held, live.left = need, live.request.new_tokens
             self._held += need
             del self._of_tenant[live.request.tenant][rid]
-            self.queue.start(rid, piece, self._texts(live).given)
+            self.queue.start(rid, piece, self._texts(live).given, self._hits(live))
             batch.append((live, piece))
             budget -= piece
             if piece < live.rows:

@@ -23,7 +23,8 @@ from kvshare_sched.planner import CostModel
 from kvshare_sched.series import WAITS
 from kvshare_sched.server_queue import ServerQueue
 from kvshare_sched.sglang_adapter import namespace_of
-from kvshare_sched.types import Reason
+from kvshare_sched.tenants.policy import Stamp
+from kvshare_sched.types import Reason, RequestView
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from fakes import FakeTree  # noqa: E402
@@ -396,7 +397,7 @@ def test_room_for_cached_text_is_kept_while_others_run_and_never_when_nobody_doe
     world = World(pool_keep=0.5)
     world.waiting = [Req("a", 300)]
     world.order()
-    world.queue.queue.hit_share = 1.0
+    world.queue.queue.in_use.hit([("text", 60_000)], 0)
     adder = Adder(world.cache)
     adder.rem_total_tokens = 50_200  # of 100,000
     assert world.queue.has_room(world.waiting[0], adder), "the engine is idle"
@@ -406,6 +407,35 @@ def test_room_for_cached_text_is_kept_while_others_run_and_never_when_nobody_doe
     assert queue_adapter.chunk_limit(None, world.policy, Req("long", 5000), [], 1000, 1) is None, "for nobody's good"
     adder.rem_total_tokens = 50_400
     assert world.queue.has_room(world.waiting[0], adder)
+
+
+def test_what_a_prompt_finds_is_in_use_and_counts_once():
+    world = World(duplicate_wait=0)
+    long = np.random.default_rng(1).integers(0, 40_000, 20_000)
+    for rid, found in (("new", 0), ("half", 10_000), ("again", 10_000)):
+        world.pipeline.begin(world.pipeline.admit(Reason.OPTED_OUT, rid, len(long), found))
+        world.waiting = [Req(rid, long)]
+        world.waiting[0].prefix_len = found
+        assert world.go() == [rid]
+        in_use = world.queue.queue.in_use.tokens(1e9)
+        assert in_use == (0 if rid == "new" else pytest.approx(found, rel=0.3)) and world.queue.failures == 0
+
+
+def test_text_lent_by_others_is_in_use_and_hidden_reuse_is_not():
+    for hidden in (False, True):
+        world = World()
+        document = np.random.default_rng(2).integers(0, 40_000, 20_000)
+        world.publish(Req("donor", document))
+        req = Req("r", np.concatenate((document[10_000:], document[:10_000])))
+        ids = np.asarray(req.origin_input_ids)
+        stamp = Stamp("t", hide_reuse=1.0) if hidden else None
+        session = world.pipeline.admit(RequestView("r", namespace_of(req), ids, 0, len(ids)), "r", len(ids), 0, stamp)
+        assert session.plan.reused_len > 19_000
+        world.pipeline.begin(session)
+        world.waiting = [req]
+        world.go()
+        in_use = world.queue.queue.in_use.tokens(1e9)
+        assert in_use == (0 if hidden else pytest.approx(20_000, rel=0.3)) and world.queue.failures == 0
 
 
 def test_a_full_pool_is_no_reason_to_stop_asking_while_nobody_has_a_turn():
@@ -419,15 +449,15 @@ def test_a_full_pool_is_no_reason_to_stop_asking_while_nobody_has_a_turn():
     assert queue_adapter.add_one_req(Adder.add_one_req, adder, world.waiting[0]) == AddReqResult.OTHER
 
 
-@pytest.mark.parametrize("hit_share", [0.0, 1.0])
-def test_an_answer_without_a_limit_counts_as_sglang_counts_it(hit_share):
+@pytest.mark.parametrize("in_use", [0, 100_000])
+def test_an_answer_without_a_limit_counts_as_sglang_counts_it(in_use):
     """A request without `max_tokens` may fill the whole context; nearly none does."""
     world = World(pool_keep=0.3)
     req = Req("a", 300)
     req.sampling_params.max_new_tokens = 99_000
     world.waiting = [req]
     world.order()
-    world.queue.queue.hit_share = hit_share
+    world.queue.queue.in_use.hit([("text", in_use)], 0)
     adder = Adder(world.cache)
     adder.running_batch, adder.rem_total_tokens = SimpleNamespace(reqs=[Req("running")]), 60_000
     assert world.queue.has_room(req, adder)

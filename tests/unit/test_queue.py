@@ -233,18 +233,21 @@ def test_a_tenant_whose_turn_ends_while_it_decodes_does_not_block_the_others():
     assert q.order().ready == ("b1", "a1") and q.may_start("b1")
 
 
-def test_the_more_prompts_hit_the_more_of_the_pool_is_kept_for_what_they_hit():
+def test_of_the_pool_as_much_is_kept_as_prompts_have_hit_lately():
     q = Queue("fair", Accounts(1e9), 8, keep=0.5)
-    assert q.has_room(900, 100, 1000)
-    for n in range(200):
-        add(q, f"r{n}", work=100, exact=400, reused=500)
-    start_all(q)
-    assert q.hit_share == pytest.approx(0.9, abs=0.01)
-    assert q.has_room(500, 40, 1000) and not q.has_room(500, 60, 1000)
-    for n in range(100):
-        add(q, f"new{n}", work=1000)
-    start_all(q)
-    assert q.hit_share < 0.01 and q.has_room(900, 90, 1000)
+    assert q.has_room(9000, 1000, 10_000)
+    for n in range(6):  # three texts, each hit twice
+        add(q, f"r{n}", exact=1000)
+        q.start(f"r{n}", 100, hits=[(("text", n % 3), 1000)])
+    assert q.has_room(6000, 1000, 10_000) and not q.has_room(6001, 1000, 10_000)
+    for n in range(9):
+        add(q, f"more{n}", exact=1000)
+        q.start(f"more{n}", 100, hits=[(("more", n), 1000)])
+    assert q.has_room(4000, 1000, 10_000) and not q.has_room(4001, 1000, 10_000), "`keep` at most"
+    for n in range(21):  # more than two pools of prompts that hit nothing
+        add(q, f"new{n}")
+        q.start(f"new{n}", 100)
+    assert q.has_room(9000, 1000, 10_000)
 
 
 def test_who_computes_a_text_for_many_comes_before_a_cheaper_one_that_helps_nobody():

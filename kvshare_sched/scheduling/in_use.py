@@ -1,0 +1,51 @@
+"""How much cached text the prompts of late were made of, each token of it once.
+
+Only a sample of it is followed, chosen by content, so that what is counted does not depend on where a text stood or who
+lent it (spatially hashed sampling: Waldspurger et al. 2015, "Efficient MRC Construction with SHARDS").
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+
+import numpy as np
+
+from radix_ext.hashing import window_hashes
+
+SAMPLE = 64  # tokens that one followed place stands for
+
+
+class InUse:
+    """Cached texts by when they were last hit; the clock is prompt tokens."""
+
+    def __init__(self):
+        self._hits: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()  # text -> (clock, tokens), oldest first
+        self._clock = self._tokens = 0.0
+
+    def hit(self, texts: Iterable[tuple[Hashable, float]], prompt: float) -> None:
+        """A prompt of so many tokens starts, and finds these texts, (key, tokens)."""
+        self._clock += prompt
+        for key, tokens in texts:
+            self._tokens += tokens - self._hits.pop(key, (0.0, 0.0))[1]
+            self._hits[key] = (self._clock, tokens)
+
+    def tokens(self, window: float) -> float:
+        """Of the texts that the latest `window` prompt tokens hit."""
+        while self._hits:
+            key, (clock, tokens) = next(iter(self._hits.items()))
+            if clock >= self._clock - window:
+                break
+            del self._hits[key]
+            self._tokens -= tokens
+        return self._tokens
+
+
+def places(tokens: np.ndarray, cached: np.ndarray, window: int) -> list[int]:
+    """Hashes of the places of a prompt that are followed: one in SAMPLE of those whose window is cached.
+
+    tokens: int64 [n]; cached: bool [n].
+    """
+    hashes = window_hashes(tokens, window)
+    whole = cached[: len(hashes)] & cached[window - 1 :] if len(hashes) else np.zeros(0, bool)
+    return hashes[whole & (hashes % np.uint64(SAMPLE) == 0)].tolist()

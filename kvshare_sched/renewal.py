@@ -111,7 +111,8 @@ class Ledger(Rents):
             self._drawn = key, beginnings, tuple(self._pieces(view, plan, charge, ratio, beginnings))
         _, beginnings, pieces = self._drawn
         first = plan.approximate_from + 1
-        return self.due(view.namespace, pieces, range(first, len(beginnings)), beginnings[first:].tolist())
+        later = beginnings[first:].tolist() if self._answers.of(view.namespace) else ()
+        return self.due(view.namespace, pieces, range(first, first + len(later)), later)
 
     def said(self, namespace: Namespace, text: np.ndarray) -> None:
         """A request that borrowed has ended; `text`: prompt and at most ANSWER tokens of its answer, int64."""

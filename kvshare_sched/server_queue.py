@@ -269,14 +269,22 @@ class ServerQueue:
             self._computing(req.rid, run)
 
     def _hits(self, req, session) -> list[tuple[Hashable, float]]:
-        """The cached text of a prompt that starts, see `scheduling.in_use`; hidden reuse keeps nothing for anybody."""
-        if session is None or session.hidden:
+        """The cached text of a prompt that starts, see `scheduling.in_use`; hidden reuse keeps nothing for anybody.
+
+        What is lent counts for its owner: a document many tenants read is one text.
+        """
+        if not self.queue.keep or session is None or session.hidden:
             return []
         tokens = np.asarray(req.full_untruncated_fill_ids, np.int64)
-        cached = np.arange(len(tokens)) < req.prefix_len
+        own, donors = namespace_of(req), self._pipeline.lending.index.donors
+        cached = {own: np.arange(len(tokens)) < req.prefix_len}
         for segment in session.plan.segments if session.plan is not None else ():
-            cached[segment.start : segment.end] = True
-        return [((session.namespace, place), SAMPLE) for place in places(tokens, cached, self._config.window)]
+            donor = donors.get(segment.places[0].donor_id)  # leased, but it may have left the index
+            owner = own if donor is None else donor.namespace
+            theirs = cached.setdefault(owner, np.zeros(len(tokens), bool))
+            theirs[segment.start : segment.end] = True
+        window = self._config.window
+        return [((owner, place), SAMPLE) for owner, part in cached.items() for place in places(tokens, part, window)]
 
     def _computing(self, rid: str, run: _Running) -> None:
         """Say what others may wait for: until it is in the tree, which is when the first output token is."""

@@ -26,7 +26,7 @@ LENGTHS = (64, 256, 512, 1024, 2048, 3072)
 DOCUMENTS = (1, 2, 3, 4, 6)  # of one prompt with reuse
 BATCHES = (1, 2, 4, 8, 16, 32)
 DOCUMENT = 512
-ROUNDS = 3  # of everything, one after the other: a machine that slows down does so for prefill and reuse alike
+ROUNDS = 3  # of prefill and reuse, one after the other: a machine that slows down does so for prefill and reuse alike
 ANSWER = 24
 CONTEXT = 1024  # tokens before an answer, for what attention costs in a decode step
 
@@ -67,7 +67,7 @@ class Probe:
             prefill, whole = (
                 max(pool.map(one, [self.ids(16) for _ in range(batch)], [tokens] * batch)) for tokens in (1, 1 + ANSWER)
             )
-        return (whole - prefill) / ANSWER
+        return max(0.0, whole - prefill) / ANSWER
 
 
 def measure(probe: Probe) -> dict:
@@ -89,7 +89,7 @@ def measure(probe: Probe) -> dict:
     for report in reports.values():
         prompt = sum(report[name] for name in ("exact", "reused", "fresh"))
         rows = report["recomputed"] + report["fresh"]
-        terms.append((1, rows, rows * (report["exact"] + prompt) / 2, report["reused"], 1))
+        terms.append((1, rows, rows * (report["exact"] + prompt) / 2, report["reused"], bool(report["reused"])))
     medians = np.array([statistics.median(s) for s in seconds.values()])
     (fixed, row_s, key_s, copy_s, reuse_s), _ = nnls(np.array(terms) / medians[:, None], np.ones(len(medians)))
     for (kind, size), median, row in zip(seconds, medians, terms, strict=True):

@@ -14,6 +14,7 @@ import numpy as np
 from radix_ext.hashing import window_hashes
 
 SAMPLE = 64  # tokens that one followed place stands for
+_MOST = 65_536  # texts remembered, the latest
 
 
 class InUse:
@@ -29,16 +30,18 @@ class InUse:
         for key, tokens in texts:
             self._tokens += tokens - self._hits.pop(key, (0.0, 0.0))[1]
             self._hits[key] = (self._clock, tokens)
+        while len(self._hits) > _MOST:
+            self._drop()
 
     def tokens(self, window: float) -> float:
         """Of the texts that the latest `window` prompt tokens hit."""
-        while self._hits:
-            key, (clock, tokens) = next(iter(self._hits.items()))
-            if clock >= self._clock - window:
-                break
-            del self._hits[key]
-            self._tokens -= tokens
+        while self._hits and next(iter(self._hits.values()))[0] < self._clock - window:
+            self._drop()
         return self._tokens
+
+    def _drop(self) -> None:
+        _, (_, tokens) = self._hits.popitem(last=False)
+        self._tokens -= tokens
 
 
 def places(tokens: np.ndarray, cached: np.ndarray, window: int) -> list[int]:

@@ -228,8 +228,8 @@ class Queue:
     def has_room(self, held: float, need: float, capacity: float) -> bool:
         """Whether a pool of `capacity` tokens, `held` by running requests, should take `need` more while others run.
 
-        Answers that wait for their turn to decode would push out the texts that make the next prompts cheap. So the
-        more of the prompts is cached, the more of the pool is kept for that, `keep` at most.
+        Answers that wait for their turn to decode would push out the texts that make the next prompts cheap. So as much
+        is kept for them as prompts have hit lately, a share of `keep` at most.
         """
         kept = min(self.keep * capacity, self.in_use.tokens(_MEMORY * capacity))
         return held + need <= capacity - kept

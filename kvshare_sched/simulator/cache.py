@@ -15,12 +15,13 @@ SHORTEST = 32  # tokens of a run that may be reused elsewhere
 
 
 class _Node:
-    __slots__ = ("parent", "block", "children", "used", "number")
+    __slots__ = ("parent", "block", "children", "used", "number", "locks")
 
     def __init__(self, parent: _Node | None, block: Block, number: int):
         self.parent, self.block, self.number = parent, block, number
         self.children: dict[Block, _Node] = {}
         self.used = 0
+        self.locks = 0  # running requests that stand on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Found:
     lacks: tuple[Block, ...]  # the rest
     gives: int  # the first of `lacks` that will enter the tree
     path: int  # blocks that will: those before the first reused one
+    depth: int  # blocks of its exact start
 
 
 class Cache:
@@ -40,6 +42,7 @@ class Cache:
     def __init__(self, capacity: int, reuse: bool = True):
         self.capacity, self.reuse = capacity, reuse
         self.tokens = 0
+        self.locked = 0  # of them, under running requests
         self._roots: dict[str, _Node] = {}
         self._homes: dict[str, dict[Block, list[_Node]]] = {}  # where each tenant's blocks are
         self._ends: list[tuple[int, int, str, _Node]] = []  # (used, number, tenant, end of a path); some out of date
@@ -61,7 +64,7 @@ class Cache:
             else:
                 lacks.append(block)
         path, gives = first if first is not None else (len(blocks), len(lacks))
-        return Found(exact, reused, tuple(lacks), gives, path)
+        return Found(exact, reused, tuple(lacks), gives, path, depth)
 
     def publish(self, tenant: str, blocks: Sequence[Block]) -> bool:
         """These blocks' exact KV enters the tree; whether anything is new. Evicts what is oldest."""
@@ -92,11 +95,21 @@ class Cache:
             while node is not None and node.parent is not None:
                 node.used, node = self._time, node.parent
 
+    def lock(self, tenant: str, blocks: Sequence[Block], by: int) -> None:
+        """One running request more (by=1) or less (-1) stands on this path, which is in the tree."""
+        node = self._roots.get(tenant)
+        for block in blocks:
+            node = node.children[block]
+            self.locked += block[1] * ((node.locks + by > 0) - (node.locks > 0))
+            node.locks += by
+        if blocks and not node.locks and not node.children:
+            heapq.heappush(self._ends, (node.used, node.number, tenant, node))
+
     def shrink(self, room: int) -> None:
-        """Evict until at most `room` tokens are kept."""
+        """Evict until at most `room` tokens are kept, or all that is left is locked."""
         while self.tokens > room and self._ends:
             used, _, tenant, node = heapq.heappop(self._ends)
-            if node.children or node.parent is None or node.parent.children.get(node.block) is not node:
+            if node.locks or node.children or node.parent is None or node.parent.children.get(node.block) is not node:
                 continue
             if node.used != used:
                 heapq.heappush(self._ends, (node.used, node.number, tenant, node))

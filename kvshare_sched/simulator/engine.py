@@ -47,8 +47,8 @@ class _Live:
     ran: float = 0.0
     first_s: float = 0.0
     left: int = 0  # output tokens to come
-    held: int = 0  # tokens of KV it keeps, over the prefix it found
-    shared: int = 0  # of them in the tree, where they are counted, too
+    held: int = 0  # tokens of KV it keeps for itself
+    locked: int = 0  # blocks of its prompt that it keeps in the tree
 
 
 class Engine:
@@ -67,7 +67,7 @@ class Engine:
         self._of_tenant: dict[str, dict[str, None]] = {}
         self._answered: set[tuple[str, int]] = set()
         self._blocked: dict[str, list[Request]] = {}  # by session: due, but quote an answer that is not there yet
-        self._held = self._shared = 0
+        self._held = 0
         self._keys = 0  # tokens before the next ones of the running answers
         self._arrivals = itertools.count()
         self._done: list[Done] = []
@@ -167,15 +167,16 @@ class Engine:
             self._long = long if long.ran + piece < long.rows else None
         for rid in order.ready:
             live = self._live[rid]
+            self._look(live)
             need = live.request.prompt - live.found.exact + live.request.new_tokens
             if budget <= 0 or len(self._running) + len(batch) >= profile.running:
                 break
             if (self._long is not None and live.rows > budget) or not self.queue.may_start(rid):
                 break
             busy = self._running or batch
-            if busy and not self.queue.has_room(self._held, need, profile.capacity):
+            if busy and not self.queue.has_room(self._held + self.cache.locked, need, profile.capacity):
                 break
-            self._look(live)
+            self._lock(live, live.found.depth)
             if live.bill is not None:
                 self.rents.pay(live.bill)
             if live.found.reused:
@@ -215,9 +216,12 @@ class Engine:
         request = live.request
         self.queue.duplicates.done(live.rid)
         exact = request.blocks[: live.found.path]
-        live.shared = min(live.held, sum(tokens for _, tokens in exact) - live.found.exact)
-        self._shared += live.shared
+        moved = sum(tokens for _, tokens in exact) - live.found.exact
+        live.held -= moved
+        self._held -= moved
         self._publish(request, exact)
+        self._lock(live, live.found.path)
+        self._shrink()
         live.first_s = self.now
         self.queue.generated(live.rid, 1)
         live.left -= 1
@@ -229,7 +233,16 @@ class Engine:
     def _publish(self, request: Request, blocks) -> None:
         if self.cache.publish(request.tenant, blocks) and (waiting := self._of_tenant.get(request.tenant)):
             self._stale[request.tenant] = dict(waiting)
-        self.cache.shrink(max(0, self.profile.capacity - self._held + self._shared))
+
+    def _lock(self, live: _Live, blocks: int) -> None:
+        """Keep the first so many blocks of a prompt in the tree, instead of those kept before."""
+        tenant = live.request.tenant
+        self.cache.lock(tenant, live.request.blocks[:blocks], 1)
+        self.cache.lock(tenant, live.request.blocks[: live.locked], -1)
+        live.locked = blocks
+
+    def _shrink(self) -> None:
+        self.cache.shrink(max(0, self.profile.capacity - self._held))
 
     def _decode(self, until_s: float | None) -> bool:
         """Steps of everybody who runs, up to the next finish or arrival."""
@@ -253,7 +266,7 @@ class Engine:
         request, found = live.request, live.found
         del self._running[live.rid], self._live[live.rid]
         self._held -= live.held
-        self._shared -= live.shared
+        self._lock(live, 0)
         self._keys -= request.prompt + request.new_tokens
         self.queue.finish(live.rid)
         whole = (*request.blocks, (f"{request.session}:answer/{request.step}", request.new_tokens))
@@ -261,6 +274,7 @@ class Engine:
             self._publish(request, whole)
         else:
             rent.answered(self.rents, request.tenant, whole)
+        self._shrink()
         self._done.append(
             Done(
                 *(request.tenant, live.due_s, live.first_s + self.profile.request_s, self.now + self.profile.request_s),

@@ -412,13 +412,14 @@ def test_room_for_cached_text_is_kept_while_others_run_and_never_when_nobody_doe
 def test_what_a_prompt_finds_is_in_use_and_counts_once():
     world = World(duplicate_wait=0)
     long = np.random.default_rng(1).integers(0, 40_000, 20_000)
-    for rid, found in (("new", 0), ("half", 10_000), ("again", 10_000)):
+    for rid, tenant, found in (("new", "t", 0), ("half", "t", 10_000), ("again", "t", 10_000), ("other", "u", 10_000)):
         world.pipeline.begin(world.pipeline.admit(Reason.OPTED_OUT, rid, len(long), found))
-        world.waiting = [Req(rid, long)]
+        world.waiting = [Req(rid, long, tenant)]
         world.waiting[0].prefix_len = found
         assert world.go() == [rid]
         in_use = world.queue.queue.in_use.tokens(1e9)
-        assert in_use == (0 if rid == "new" else pytest.approx(found, rel=0.3)) and world.queue.failures == 0
+        wanted = {"new": 0, "other": 20_000}.get(rid, 10_000)
+        assert in_use == pytest.approx(wanted, rel=0.3) and world.queue.failures == 0
 
 
 def test_text_lent_by_others_is_in_use_and_hidden_reuse_is_not():

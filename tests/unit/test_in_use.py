@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kvshare_sched.scheduling import in_use
 from kvshare_sched.scheduling.in_use import SAMPLE, InUse, places
 
 WINDOW = 16
@@ -28,6 +29,14 @@ def test_a_text_counts_once_until_a_window_of_prompts_has_not_hit_it():
     assert use.tokens(1000) == 0
     use.hit([("b", 70)], 1)
     assert use.tokens(1000) == 70
+
+
+def test_the_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(in_use, "_MOST", 10)
+    use = InUse()
+    for n in range(30):
+        use.hit([(n, 5)], 1)
+    assert use.tokens(1e9) == 50
 
 
 def test_the_sample_stands_for_the_text_wherever_it_is():

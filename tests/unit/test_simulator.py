@@ -163,11 +163,28 @@ def test_the_second_turn_of_a_conversation_computes_what_the_first_borrowed():
     assert [(d.exact, d.reused) for d in done] == [(0, 800), (0, 0), (900, 0)]
 
 
-def test_kv_in_the_tree_counts_once():
-    """Three prompts of 900 tokens over one text of 800 fit into a pool of 1,400 at once."""
+@pytest.mark.parametrize(("pool", "batches"), [(1250, 1), (1249, 2), (1100, 2), (1000, 3)])
+def test_kv_in_the_tree_counts_once_and_stays_while_somebody_stands_on_it(pool, batches):
+    """Three prompts of 900 tokens over one text of 800, 50 to come each: 800 + 3 x 150."""
     load = [ask(0.0, A, B), *(ask(10.0, A, B, (f"q{n}", 100), new=50, session=str(n)) for n in range(3))]
-    done = list(engine(profile=replace(PROFILE, capacity=1400)).run(load))
-    assert len({d.first_s for d in done[1:]}) == 1 and [d.exact for d in done[1:]] == [800] * 3
+    done = list(engine(profile=replace(PROFILE, capacity=pool)).run(load))
+    assert len({d.first_s for d in done[1:]}) == batches and [d.exact for d in done[1:]] == [800] * 3
+
+
+def test_locked_text_is_not_evicted_and_is_free_again_afterwards():
+    cache = Cache(10_000)
+    cache.publish("t", (A, B))
+    cache.publish("t", (A, C))
+    for _ in range(2):
+        cache.lock("t", (A, B), 1)
+    assert cache.locked == 800
+    cache.shrink(0)
+    assert cache.tokens == 800 and cache.find("t", (A, B)).exact == 800
+    cache.lock("t", (A, B), -1)
+    assert cache.locked == 800
+    cache.lock("t", (A, B), -1)
+    cache.shrink(0)
+    assert cache.tokens == cache.locked == 0
 
 
 def test_a_quote_of_an_answer_that_never_comes_is_an_error_and_no_endless_loop():

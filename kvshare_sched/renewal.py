@@ -74,7 +74,8 @@ class Rents:
 
     def _continues(self, namespace: Hashable, lengths: Sequence[int], beginnings: Sequence[int]) -> int:
         """Length of the longest beginning that ends with an answer; 0: there is none."""
-        if not (answers := self._answers.of(namespace)) or answers.keys().isdisjoint(beginnings):
+        answers = self._answers.of(namespace)
+        if answers.keys().isdisjoint(beginnings):
             return 0
         return max(length for length, key in zip(lengths, beginnings, strict=True) if key in answers)
 

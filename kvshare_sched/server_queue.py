@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -277,14 +278,12 @@ class ServerQueue:
             return []
         tokens = np.asarray(req.full_untruncated_fill_ids, np.int64)
         own, donors = namespace_of(req), self._pipeline.lending.index.donors
-        cached = {own: np.arange(len(tokens)) < req.prefix_len}
+        cached = defaultdict(lambda: np.zeros(len(tokens), bool))
+        cached[own][: req.prefix_len] = True
         for segment in session.plan.segments if session.plan is not None else ():
             donor = donors.get(segment.places[0].donor_id)  # leased, but it may have left the index
-            owner = own if donor is None else donor.namespace
-            theirs = cached.setdefault(owner, np.zeros(len(tokens), bool))
-            theirs[segment.start : segment.end] = True
-        window = self._config.window
-        return [((owner, place), SAMPLE) for owner, part in cached.items() for place in places(tokens, part, window)]
+            cached[own if donor is None else donor.namespace][segment.start : segment.end] = True
+        return [(place, SAMPLE) for place in places(tokens, cached, self._config.window)]
 
     def _computing(self, rid: str, run: _Running) -> None:
         """Say what others may wait for: until it is in the tree, which is when the first output token is."""

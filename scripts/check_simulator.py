@@ -38,11 +38,12 @@ def main() -> None:
     rows = [json.loads(line) for line in Path(options.raw).read_text().splitlines() if line.strip()]
     real = {(str(r["session"]), r["step"]): r for r in rows if r.get("token_s")}
     first, start_s, requests = min(int(session) for session, _ in real), 0.0, []
-    for request in traffic.read(options.trace):
+    trace = list(traffic.read(options.trace))
+    for request in trace:
         if int(request.session) < first:
             requests.append(replace(request, at_s=start_s))
             start_s += _PAUSE_S
-    for request in traffic.read(options.trace):
+    for request in trace:
         if (row := real.get((request.session, request.step))) is not None:
             requests.append(replace(request, at_s=start_s + row["due_s"], needs=()))
     requests.sort(key=lambda r: r.at_s)

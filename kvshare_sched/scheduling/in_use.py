@@ -1,13 +1,13 @@
 """How much cached text the prompts of late were made of, each token of it once.
 
 Only a sample of it is followed, chosen by content, so that what is counted does not depend on where a text stood or who
-lent it (spatially hashed sampling: Waldspurger et al. 2015, "Efficient MRC Construction with SHARDS").
+asked (spatially hashed sampling: Waldspurger et al. 2015, "Efficient MRC Construction with SHARDS").
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -44,11 +44,13 @@ class InUse:
         self._tokens -= tokens
 
 
-def places(tokens: np.ndarray, cached: np.ndarray, window: int) -> list[int]:
-    """Hashes of the places of a prompt that are followed: one in SAMPLE of those whose window is cached.
+def places(tokens: np.ndarray, cached: Mapping[Hashable, np.ndarray], window: int) -> Iterator[tuple[Hashable, int]]:
+    """(owner, hash) of the places of a prompt that are followed: one in SAMPLE of those whose window is cached.
 
-    tokens: int64 [n]; cached: bool [n].
+    tokens: int64 [n]; cached: which of them each owner has, bool [n].
     """
     hashes = window_hashes(tokens, window)
-    whole = cached[: len(hashes)] & cached[window - 1 :] if len(hashes) else np.zeros(0, bool)
-    return hashes[whole & (hashes % np.uint64(SAMPLE) == 0)].tolist()
+    at = np.flatnonzero(hashes % np.uint64(SAMPLE) == 0)
+    for owner, part in cached.items():
+        whole = at[part[at] & part[at + window - 1]]
+        yield from ((owner, place) for place in hashes[whole].tolist())

@@ -67,7 +67,7 @@ class Cache:
         return Found(exact, reused, tuple(lacks), gives, path, depth)
 
     def publish(self, tenant: str, blocks: Sequence[Block]) -> bool:
-        """These blocks' exact KV enters the tree; whether anything is new. Evicts what is oldest."""
+        """These blocks' exact KV enters the tree; whether anything is new."""
         self._time += 1
         node = self._roots.setdefault(tenant, _Node(None, ("", 0), 0))
         homes = self._homes.setdefault(tenant, {})

@@ -166,13 +166,13 @@ class Engine:
             budget -= piece
             self._long = long if long.ran + piece < long.rows else None
         for rid in order.ready:
-            live = self._live[rid]
-            self._look(live)
-            need = live.request.prompt - live.found.exact + live.request.new_tokens
             if budget <= 0 or len(self._running) + len(batch) >= profile.running:
                 break
+            live = self._live[rid]
+            self._look(live)
             if (self._long is not None and live.rows > budget) or not self.queue.may_start(rid):
                 break
+            need = live.request.prompt - live.found.exact + live.request.new_tokens
             busy = self._running or batch
             if busy and not self.queue.has_room(self._held + self.cache.locked, need, profile.capacity):
                 break

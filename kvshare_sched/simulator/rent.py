@@ -13,7 +13,7 @@ from kvshare_sched.simulator.traffic import Block
 def bill(rents: Rents, tenant: str, blocks: Sequence[Block], found: Found, recompute: float) -> Bill:
     """Of a prompt that borrows; `recompute`: the share of borrowed text that is computed again."""
     ends = list(itertools.accumulate(tokens for _, tokens in blocks))
-    keys = list(itertools.accumulate(blocks, lambda key, block: hash((key, block)), initial=0))[1:]
+    keys = _beginnings(blocks)
     lacks, pieces = set(found.lacks), []
     for place in range(found.path, len(blocks)):
         tokens = blocks[place][1]
@@ -27,4 +27,9 @@ def bill(rents: Rents, tenant: str, blocks: Sequence[Block], found: Found, recom
 
 def answered(rents: Rents, tenant: str, blocks: Sequence[Block]) -> None:
     """A request that borrowed has ended; `blocks`: its prompt and its answer."""
-    rents.answered(tenant, list(itertools.accumulate(blocks, lambda key, block: hash((key, block)), initial=0))[-1])
+    rents.answered(tenant, _beginnings(blocks)[-1])
+
+
+def _beginnings(blocks: Sequence[Block]) -> list[int]:
+    """A key for the prompt up to the end of each block."""
+    return list(itertools.accumulate(blocks, lambda key, block: hash((key, block)), initial=0))[1:]

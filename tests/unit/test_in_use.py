@@ -4,13 +4,20 @@ import numpy as np
 import pytest
 
 from kvshare_sched.scheduling import in_use
-from kvshare_sched.scheduling.in_use import SAMPLE, InUse, places
+from kvshare_sched.scheduling.in_use import SAMPLE, InUse
 
 WINDOW = 16
 
 
 def text(seed: int, length: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 50_000, length)
+
+
+def places(tokens: np.ndarray, cached: np.ndarray, window: int) -> list[int]:
+    """Of one owner."""
+    found = list(in_use.places(tokens, {"owner": cached}, window))
+    assert all(owner == "owner" for owner, _ in found)
+    return [place for _, place in found]
 
 
 def followed(*parts: np.ndarray, cached=True) -> list[int]:
@@ -53,3 +60,11 @@ def test_only_what_is_cached_is_followed():
     found = places(document, cached, WINDOW)
     assert found == followed(document[:10_000]) and followed(document, cached=False) == []
     assert places(document[:10], cached[:10], WINDOW) == [] == places(document[:0], cached[:0], WINDOW)
+
+
+def test_each_place_is_its_owners():
+    document = text(1, 20_000)
+    mine = np.arange(len(document)) < 10_000
+    both = list(in_use.places(document, {"me": mine, "them": ~mine}, WINDOW))
+    assert [place for owner, place in both if owner == "me"] == places(document, mine, WINDOW)
+    assert [place for owner, place in both if owner == "them"] == places(document, ~mine, WINDOW)

@@ -111,6 +111,7 @@ def _bench(options, rest: list[str]) -> int:
         loads=options.loads,
         seconds=options.seconds,
         repeats=options.repeats,
+        interleave_s=options.interleave,
         sockets=options.sockets,
         slo=Slo(options.slo_ttft, options.slo_tpot),
         check_counts=options.check_counts,
@@ -194,6 +195,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--loads", type=_numbers, default=[2.0, 4.0], help="1: what the first set-up completes, swamped")
     bench.add_argument("--seconds", type=float, default=75, help="what the first set-up needs for one load")
     bench.add_argument("--repeats", type=int, default=1, help="of everything; more than one shows the spread")
+    bench.add_argument(
+        "--interleave",
+        type=float,
+        metavar="SECONDS",
+        help="all set-ups in turns of so long, the others halted: a machine that drifts does so for all of them",
+    )
     bench.add_argument("--sockets", type=int, default=256, help="open at once; further requests wait on this side")
     bench.add_argument("--slo-ttft", type=float, default=5.0, help="seconds to the first token that are good enough")
     bench.add_argument("--slo-tpot", type=float, default=0.5, help="seconds a later token that are good enough")

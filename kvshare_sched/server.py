@@ -1,7 +1,7 @@
 """Start the stock SGLang server with our defaults filled in, and stop it again.
 
-`fill_defaults` is all that `kvshare serve` adds to SGLang's own command line; `running` starts a server as a
-child process for the demo, the benchmarks and the end-to-end tests.
+`fill_defaults` is all that `kvshare serve` adds to SGLang's own command line; `running` and `launched` start a server
+as a child process for the demo, the benchmarks and the end-to-end tests.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvshare_sched.cpu import has_nvidia_gpu
@@ -21,6 +22,7 @@ from kvshare_sched.errors import SetupError
 
 SMALL_POOL = ("--max-total-tokens", "60000")  # of the embedded model; SGLang's own choice takes most of the memory
 _READY_S = 600  # model load and pool allocation included
+_END_S = 60  # a killed process may have much memory to give back
 
 
 def fill_defaults(arguments: Sequence[str]) -> list[str]:
@@ -48,9 +50,37 @@ def command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "sglang.launch_server", *arguments]
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A server that runs in a session of its own."""
+
+    url: str
+    process: subprocess.Popen
+
+    def halt(self) -> None:
+        """Let all its processes stand still: they keep their memory and use no CPU."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """A halted server runs in this block, and is halted again at its end."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.halt()
+
+
 @contextlib.contextmanager
 def running(arguments: Sequence[str], *, env: Mapping[str, str] | None = None, log: Path) -> Iterator[str]:
-    """A server on a free port while the block runs; yields its URL. Its output goes to `log`.
+    """The URL of a server that is `launched` while the block runs."""
+    with launched(arguments, env=env, log=log) as found:
+        yield found.url
+
+
+@contextlib.contextmanager
+def launched(arguments: Sequence[str], *, env: Mapping[str, str] | None = None, log: Path) -> Iterator[Launched]:
+    """A server on a free port while the block runs. Its output goes to `log`.
 
     Raises SetupError, with the end of the log, when it does not come up.
     """
@@ -69,7 +99,7 @@ def running(arguments: Sequence[str], *, env: Mapping[str, str] | None = None, l
         )
         try:
             _wait_until_ready(process, url, log)
-            yield url
+            yield Launched(url, process)
         finally:
             _stop(process)
 
@@ -93,12 +123,10 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log: Path) -> None:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End the whole session the server lives in: launcher, scheduler ranks, detokenizer."""
-    for sign, patience_s in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience_s)
-            break
+    """Kill the whole session the server lives in: launcher, scheduler ranks, detokenizer.
+
+    It has nothing to save. Asked politely SGLang takes six seconds, looking for requests and dumps every five.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait(_END_S)

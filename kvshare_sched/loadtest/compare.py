@@ -1,15 +1,17 @@
-"""Server set-ups one after the other on one trace: the same requests, sockets, pool and seed for each.
+"""Server set-ups on one trace: the same requests, sockets, pool and seed for each.
 
-The first set-up says what "load 1" is: what it completes at the highest load, which comes first and whose pace is set
-by the warm-up, sent all at once. All set-ups are offered the same rates. Raw rows go to `raw/`; what they mean is
-`report`'s business.
+One after the other, or interleaved: all are started, and take turns of a few seconds in which the others are halted, so
+that a machine whose speed drifts does so for all of them. The first set-up says what "load 1" is: what it completes at
+the highest load, which comes first and whose pace is set by the warm-up, sent all at once. All set-ups are offered the
+same rates. Raw rows go to `raw/`; what they mean is `report`'s business.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from kvshare_sched.cpu import has_nvidia_gpu
 from kvshare_sched.errors import ConfigError, SetupError
 from kvshare_sched.evaluation.report import made_with
 from kvshare_sched.loadtest import blocks, counts, quality, traces
-from kvshare_sched.loadtest.runner import Player, write_rows
+from kvshare_sched.loadtest.runner import Player, Turn, play_in_turn, write_rows
 from kvshare_sched.loadtest.statistics import Slo, answered, makespan_s
 from kvshare_sched.loadtest.traces import Request, Trace
 
@@ -38,6 +40,15 @@ class Setup:
     arguments: tuple[str, ...]
     environment: dict[str, str]
     reuses: bool  # its answers may differ from full prefill
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """A set-up whose server has been started."""
+
+    setup: Setup
+    player: Player
+    awake: Callable[[], AbstractContextManager]  # the server may be spoken to in this block, and perhaps only there
 
 
 def setup(name: str, common: Sequence[str]) -> Setup:
@@ -83,6 +94,7 @@ def compare(
     loads: Sequence[float],
     seconds: float,
     repeats: int,
+    interleave_s: float | None,
     sockets: int,
     slo: Slo,
     out: Path,
@@ -93,6 +105,7 @@ def compare(
 
     rate: requests a second at load 1; without it the first set-up says what load 1 is.
     seconds: how long the first set-up needs for one load point, which sets the number of requests.
+    interleave_s: length of a turn; without it each set-up is started when the one before has ended.
     """
     path = Path(model_path) if model_path else model.prepare()
     given = {a.split("=")[0] for a in server_arguments}
@@ -105,6 +118,7 @@ def compare(
         "loads": list(loads),
         "seconds": seconds,
         "repeats": repeats,
+        "interleave_s": interleave_s,
         "setups": {s.name: {"arguments": [a for a in s.arguments if a != str(path)]} for s in setups},
         "texts": blocks.digest(),
         **made_with(),
@@ -114,15 +128,25 @@ def compare(
     }
     _prepare(out, settings, sockets, slo)
     for repeat in range(repeats):
-        for one in in_turn(setups, repeat):
-            print(f"starting {one.name} ...", flush=True)
-            log = out / f"server-{one.name}.log"
-            with server.running([*one.arguments, "--log-level", "warning"], env=one.environment, log=log) as url:
+        order = in_turn(setups, repeat)
+        for group in [order] if interleave_s else [[one] for one in order]:
+            with ExitStack() as servers:
+                started = [_start(one, servers, interleave_s is not None, out) for one in group]
                 for trace in chosen:
-                    _flush(url)
-                    player = Player(url, sockets=sockets)
-                    _points(player, one, trace, settings, repeat, out)
+                    sides = [_Side(one, Player(url, sockets=sockets), awake) for one, url, awake in started]
+                    _points(sides, trace, settings, repeat, out)
                     _save(out, settings)
+
+
+def _start(one: Setup, servers: ExitStack, halts: bool, out: Path) -> tuple[Setup, str, Callable]:
+    """A set-up, the URL of its server and what wakes that up; the server ends with `servers`."""
+    print(f"starting {one.name} ...", flush=True)
+    arguments = [*one.arguments, "--log-level", "warning"]
+    started = servers.enter_context(server.launched(arguments, env=one.environment, log=out / f"server-{one.name}.log"))
+    if not halts:
+        return one, started.url, nullcontext
+    started.halt()
+    return one, started.url, started.awake
 
 
 def in_turn(setups: Sequence[Setup], repeat: int) -> list[Setup]:
@@ -131,30 +155,50 @@ def in_turn(setups: Sequence[Setup], repeat: int) -> list[Setup]:
     return [*setups[first:], *setups[:first]]
 
 
-def _points(player: Player, one: Setup, trace: Trace, settings: dict, repeat: int, out: Path) -> None:
+def _points(sides: Sequence[_Side], trace: Trace, settings: dict, repeat: int, out: Path) -> None:
     """Warm-up, every load point, and the quality of what was just served."""
-    title = f"{one.name} {trace.name}"
     warm_up = traces.parts(trace, [])[0]
-    rows = player.play(_at_once(warm_up), f"{title} warm-up")
-    rough = settings["rough_capacity_rps"].setdefault(trace.name, settings["rate"] or _throughput(rows))
+    for side in sides:
+        with side.awake():
+            _flush(side.player.client.url)
+            rows = side.player.play(_at_once(warm_up), f"{side.setup.name} {trace.name} warm-up")
+        settings["rough_capacity_rps"].setdefault(trace.name, settings["rate"] or _throughput(rows))
+    rough = settings["rough_capacity_rps"][trace.name]
     loads = sorted(settings["loads"], reverse=True)
     room = (len(trace.requests) - len(warm_up) - 2 * _SINGLES) // len(loads) - 4  # a session is never torn
     count = max(_FEWEST, min(round(rough * settings["seconds"]), room))
     _, singles, *points = traces.parts(trace, [_SINGLES] + [count] * len(loads))
-    for request in singles:
-        player.play(_at_once([request]), f"{title} warm-up")
+    for side in sides:
+        with side.awake():
+            for request in singles:
+                side.player.play(_at_once([request]), f"{side.setup.name} {trace.name} warm-up")
     for load, part in zip(loads, points, strict=True):
-        _settle(player.client.url)
         rate = load * (rough if load == loads[0] else settings["capacity_rps"][trace.name])
-        before = counts.scraped(player.client.url)
-        rows = player.play(traces.retimed(part, rate), f"{title} load {load:g}")
-        waits = counts.longest_waits(before, counts.scraped(player.client.url))
-        settings["capacity_rps"].setdefault(trace.name, _throughput(rows))
-        name = f"{one.name}-{trace.name}-{load:g}-{repeat}.jsonl"
-        write_rows(out / "raw" / name, _about(one.name, trace.name, load, repeat, waits), rows)
-    if one.reuses and repeat == 0:
-        asked = points[0][:: max(1, len(points[0]) // _QUALITY_PROMPTS)][:_QUALITY_PROMPTS]
-        settings["quality"].setdefault(trace.name, {})[one.name] = quality.divergence(player, asked)
+        _point(sides, trace.name, load, traces.retimed(part, rate), settings, repeat, out)
+    for side in sides:
+        if side.setup.reuses and repeat == 0:
+            asked = points[0][:: max(1, len(points[0]) // _QUALITY_PROMPTS)][:_QUALITY_PROMPTS]
+            with side.awake():
+                found = quality.divergence(side.player, asked)
+            settings["quality"].setdefault(trace.name, {})[side.setup.name] = found
+
+
+def _point(
+    sides: Sequence[_Side], name: str, load: float, due: Sequence[Request], settings: dict, repeat: int, out: Path
+) -> None:
+    """One load point of a workload; the first side's throughput is its capacity unless that is known."""
+    before, turns = [], []
+    for side in sides:
+        with side.awake():
+            _settle(side.player.client.url)
+            before.append(counts.scraped(side.player.client.url))
+        turns.append(Turn(side.player, f"{side.setup.name} {name} load {load:g}", side.awake))
+    for side, then, rows in zip(sides, before, play_in_turn(turns, due, settings["interleave_s"]), strict=True):
+        with side.awake():
+            waits = counts.longest_waits(then, counts.scraped(side.player.client.url))
+        settings["capacity_rps"].setdefault(name, _throughput(rows))
+        about = _about(side.setup.name, name, load, repeat, waits)
+        write_rows(out / "raw" / f"{side.setup.name}-{name}-{load:g}-{repeat}.jsonl", about, rows)
 
 
 def _throughput(rows: Sequence[dict]) -> float:

@@ -160,8 +160,10 @@ def _introduction(settings: dict) -> str:
         else f"Load 1 is what `{base}` completes when swamped (requests a second: {capacity}); the highest load is a "
         "multiple of what it completed of the warm-up, sent at once. "
     )
+    turns = settings.get("interleave_s")
+    how = f"in turns of {turns:g} s while the others are halted," if turns else "one after the other"
     return (
-        f"Set-ups, one after the other on the same traces ({settings['machine']}):\n\n" + "\n".join(lines) + "\n\n"
+        f"Set-ups, {how} on the same traces ({settings['machine']}):\n\n" + "\n".join(lines) + "\n\n"
         f"{pace}Arrivals are open loop, {settings['sockets']} sockets, the cache is warm, and warm-up requests do not "
         "count."
     )

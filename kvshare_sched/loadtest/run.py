@@ -10,6 +10,8 @@ from kvshare_sched.loadtest import compare, counts, report, traces, workloads
 from kvshare_sched.loadtest.statistics import Slo
 from kvshare_sched.loadtest.traces import Trace
 
+LONGEST_TURN_S = 60.0  # SGLang's watchdog ends a server whose scheduler has stood still for 300
+
 
 def run(
     *,
@@ -22,6 +24,7 @@ def run(
     loads: Sequence[float],
     seconds: float,
     repeats: int,
+    interleave_s: float | None,
     sockets: int,
     slo: Slo,
     check_counts: bool,
@@ -31,16 +34,22 @@ def run(
 ) -> int:
     """Measure and write `raw/`, `report.json`, `report.md` and the pictures into `out`; returns the exit code.
 
-    url: a server that is running, else `setups` are started one after the other (`compare.setup`). names: workloads
-    or trace files. rate: requests a second; without it the pace of the trace, or `loads`. An interruption reports what
-    was measured. check_counts: with a `url`, the exit code is 1 unless the prompt tokens sent, those the answers report
-    and those on /metrics are the same. Raises ConfigError for what does not exist, SetupError when a server does not
-    come up.
+    url: a server that is running, else `setups` are started one after the other (`compare.setup`), or all of them
+    to take turns of `interleave_s`. names: workloads or trace files. rate: requests a second; without it the pace
+    of the trace, or `loads`. An interruption reports what was measured. check_counts: with a `url`, the exit code
+    is 1 unless the prompt tokens sent, those the answers report and those on /metrics are the same. Raises
+    ConfigError for what does not exist, SetupError when a server does not come up.
     """
     if check_counts and not url:
         raise ConfigError("--check-counts needs --url: the counts compared are those of one server that is running.")
     if url and server_arguments:
         raise ConfigError(f"{' '.join(server_arguments)}: not known, and a server that is running takes no arguments.")
+    if interleave_s is not None and (url or len(setups) < 2 or not 1.0 <= interleave_s <= LONGEST_TURN_S):
+        against = "--url" if url else f"--compare {','.join(setups)}"
+        raise ConfigError(
+            f"--interleave {interleave_s:g} with {against}: two or more set-ups take turns of 1 to "
+            f"{LONGEST_TURN_S:g} seconds."
+        )
     chosen, folder = [load_trace(name, requests, arrivals) for name in names], Path(out)
     found: dict[str, dict] = {}
     try:
@@ -54,6 +63,7 @@ def run(
                 loads=[1.0] if rate else loads,
                 seconds=seconds,
                 repeats=repeats,
+                interleave_s=interleave_s,
                 sockets=sockets,
                 slo=slo,
                 out=folder,

@@ -2,6 +2,7 @@
 
 One task a request, sockets bounded. A request that found no free socket, or whose server is slow to accept, waits
 on the client: its time to first token counts from when it was due, so nothing is hidden. Every token's time is kept.
+`play_in_turn` plays to several servers on one machine, of which only one runs at any moment.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -53,6 +56,31 @@ class Encoder:
         return (known * -(-tokens // len(known)))[:tokens]
 
 
+class Clock:
+    """Seconds since the run of a server began, without those in which it was halted."""
+
+    def __init__(self):
+        self._spent, self._since = 0.0, None  # before it was halted last; when it went on, None: it is halted
+        self._goes = asyncio.Event()
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+        self._goes.set()
+
+    def stop(self) -> None:
+        self._spent, self._since = self.now(), None
+        self._goes.clear()
+
+    def now(self) -> float:
+        return self._spent + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    async def until(self, second: float) -> None:
+        """Return at that second, at once when it has passed."""
+        while (left := second - self.now()) > 0:
+            await self._goes.wait()
+            await asyncio.sleep(left)
+
+
 class Player:
     """One server during one run. Answers are remembered, so that parts of one trace may be played one by one."""
 
@@ -63,34 +91,34 @@ class Player:
         self._answers: dict[tuple[str, int], list[int] | None] = {}  # None: that request failed
 
     def play(self, requests: Sequence[Request], title: str) -> list[dict]:
-        """Send them all at their times; returns one row a request, in the order given (`_row`)."""
-        self.encoder.learn(requests)
-        return asyncio.run(self._play(requests, _Progress(title, len(requests))))
+        """Send them all at their times; returns one row a request, in the order given (`_ask`)."""
+        (rows,) = play_in_turn([Turn(self, title, nullcontext)], requests)
+        return rows
 
-    async def _play(self, requests: Sequence[Request], progress: _Progress) -> list[dict]:
+    async def run(self, requests: Sequence[Request], progress: _Progress, clock: Clock) -> list[dict]:
+        """As `play`, by a clock that somebody else starts; the texts are known (`Encoder.learn`)."""
         self._done = {(r.session, r.step): asyncio.Event() for r in requests}
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=self._sockets, keepalive_timeout=_KEEP_S)
         # An answer carries its whole report and, on a long one, all its ids: lines are far longer than the default.
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=1 << 22) as http:
-            start = time.perf_counter()
-            tasks = [asyncio.create_task(self._one(http, start, r, progress)) for r in requests]
+            tasks = [asyncio.create_task(self._one(http, clock, r, progress)) for r in requests]
             rows = await asyncio.gather(*tasks)
         progress.close()
         return rows
 
-    async def _one(self, http, start: float, request: Request, progress: _Progress) -> dict:
+    async def _one(self, http, clock: Clock, request: Request, progress: _Progress) -> dict:
         key = (request.session, request.step)
         try:
-            await asyncio.sleep(max(0.0, start + request.at_s - time.perf_counter()))
+            await clock.until(request.at_s)
             for step in request.needs:
                 if (request.session, step) in self._done:
                     await self._done[request.session, step].wait()
-            due = max(request.at_s, time.perf_counter() - start) if request.needs else request.at_s
+            due = max(request.at_s, clock.now()) if request.needs else request.at_s
             row = {"tenant": request.tenant, "session": request.session, "step": request.step, "due_s": due}
             progress.sent()
             try:
-                row |= await self._ask(http, start, request)
+                row |= await self._ask(http, clock, request)
                 self._answers[key] = row["output_ids"]
             except Exception as problem:  # whatever it was, the other requests go on and the row says it
                 self._answers[key] = None
@@ -100,7 +128,7 @@ class Player:
         finally:
             self._done[key].set()
 
-    async def _ask(self, http, start: float, request: Request) -> dict:
+    async def _ask(self, http, clock: Clock, request: Request) -> dict:
         prompt = list(self._prompt(request))
         body = {
             "input_ids": prompt,
@@ -117,7 +145,7 @@ class Player:
                 raise RuntimeError(f"the server answered {response.status}: {(await response.text())[:300]}")
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    now = time.perf_counter() - start
+                    now = clock.now()
                     last = json.loads(line[6:])
                     if "error" in last:
                         raise RuntimeError(str(last["error"]))
@@ -148,6 +176,44 @@ class Player:
             if answer is None:
                 raise RuntimeError(f"the answer of step {step} that this prompt holds has failed")
             yield from answer
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One of several servers that play the same requests."""
+
+    player: Player
+    title: str
+    awake: Callable[[], AbstractContextManager]  # its server runs in this block, and perhaps only there
+
+
+def play_in_turn(turns: Sequence[Turn], requests: Sequence[Request], slice_s: float | None = None) -> list[list[dict]]:
+    """Each player's rows of the same requests, as of `Player.play`.
+
+    They take turns of `slice_s` seconds (None: one turn, to the end). Nobody's clock runs while its server is halted,
+    so each sees a machine of its own, and all of them the same one, however its speed drifts.
+    """
+    for turn in turns:
+        with turn.awake():
+            turn.player.encoder.learn(requests)
+    return asyncio.run(_in_turn(turns, requests, slice_s))
+
+
+async def _in_turn(turns: Sequence[Turn], requests: Sequence[Request], slice_s: float | None) -> list[list[dict]]:
+    clocks = [Clock() for _ in turns]
+    runs = [
+        asyncio.create_task(turn.player.run(requests, _Progress(turn.title, len(requests)), clock))
+        for turn, clock in zip(turns, clocks, strict=True)
+    ]
+    while not all(run.done() for run in runs):
+        for turn, clock, run in zip(turns, clocks, runs, strict=True):
+            if run.done():
+                continue
+            with turn.awake():
+                clock.start()
+                await asyncio.wait([run], timeout=slice_s)
+                clock.stop()
+    return [run.result() for run in runs]
 
 
 def _origins(meta: dict) -> dict:

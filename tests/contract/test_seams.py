@@ -164,6 +164,16 @@ def test_another_sglang_version_is_refused_by_name(monkeypatch):
     assert "0.5.24" in line and support.SGLANG_VERSION in line and "Install" in line
 
 
+def test_every_setting_we_refuse_is_one_of_sglangs_and_its_default_is_not_refused():
+    """A setting that SGLang renames would be let in without a word."""
+    from sglang.srt.server_args import ServerArgs
+
+    defaults = ServerArgs(model_path="none")
+    for name, (fine, _) in (support._SETTINGS | support._TENANT_SETTINGS).items():
+        value = getattr(defaults, name)
+        assert value is None or value in (fine if isinstance(fine, tuple) else (fine,)), f"{name}={value}"
+
+
 def test_entry_points_are_installed():
     groups = {
         g: {e.name for e in importlib.metadata.entry_points(group=g)}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from kvshare_sched.errors import ConfigError, SetupError
-from kvshare_sched.loadtest import compare, counts, report, run
+from kvshare_sched.loadtest import compare, counts, report, run, runner
 from kvshare_sched.loadtest.runner import Player, read_rows
 from kvshare_sched.loadtest.statistics import Slo
 from kvshare_sched.loadtest.traces import Request, Trace
@@ -158,6 +161,60 @@ def test_a_step_waits_for_the_answer_it_holds(fake):
     assert rows[0]["due_s"] >= rows[1]["token_s"][-1], "due when the answer is there"
 
 
+class Awake:
+    """Servers that may only be spoken to in turn."""
+
+    def __init__(self):
+        self.turns: Counter = Counter()
+        self.who = None
+        self.servers = 0
+
+    @contextlib.contextmanager
+    def block(self, name):
+        assert self.who is None, f"{name} is woken beside {self.who}"
+        self.who = name
+        self.turns[name] += 1
+        yield
+        self.who = None
+
+    def server(self, url: str):
+        name, self.servers = self.servers, self.servers + 1
+        return SimpleNamespace(url=url, halt=lambda: None, awake=lambda: self.block(name))
+
+
+def test_a_clock_stands_still_while_its_server_is_halted():
+    async def scenario():
+        clock = runner.Clock()
+        await asyncio.sleep(0.02)
+        assert clock.now() == 0, "nothing has run yet"
+        waits = asyncio.create_task(clock.until(0.05))
+        clock.start()
+        await asyncio.sleep(0.01)
+        clock.stop()
+        stood = clock.now()
+        await asyncio.sleep(0.2)
+        assert clock.now() == stood and 0.01 <= stood < 0.05 and not waits.done()
+        clock.start()
+        await waits
+        assert clock.now() >= 0.05
+        await clock.until(0.01)
+
+    asyncio.run(scenario())
+
+
+def test_two_players_in_turns_see_one_machine_each(fake):
+    """Sent at the same seconds of their own clocks, and only one of the two is ever awake."""
+    awake = Awake()
+    turns = [runner.Turn(Player(fake.url), name, functools.partial(awake.block, name)) for name in "ab"]
+    asked = [request(i, 0.05 * i) for i in range(8)]
+    one, other = runner.play_in_turn(turns, asked, 0.03)
+    assert [r["due_s"] for r in one] == [r["due_s"] for r in other] == [r.at_s for r in asked]
+    for rows in (one, other):
+        assert all(row["token_s"][0] >= row["due_s"] - 0.001 for row in rows), "nothing comes before its time"
+    assert awake.turns["a"] > 10 < awake.turns["b"]
+    assert [r["prompt"] for r in one] == [r["prompt"] for r in other]
+
+
 def test_answers_are_known_in_a_later_part(fake):
     player = Player(fake.url)
     player.play([request(0)], "t")
@@ -174,18 +231,24 @@ def test_a_refused_request_is_a_row_and_hurts_nobody_else(fake):
     assert len(fake.asked) == 2
 
 
-def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch):
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch, interleaved):
     monkeypatch.setattr(compare, "_QUIET_S", 0.0)
     trace = Trace("small", tuple(request(i, float(i)) for i in range(40)), warm_up=3)
     settings = {"model": "m", "machine": "here", "rate": None, "loads": [1.0, 4.0], "seconds": 0.01}
     settings |= {"setups": {"a": {"arguments": []}, "b": {"arguments": []}}}
     settings |= {"rough_capacity_rps": {}, "capacity_rps": {}, "quality": {}}
     compare._prepare(tmp_path, settings, 8, SLO)
+    settings["interleave_s"] = 0.05 if interleaved else None
+    awake, sides = Awake(), []
     for name in ("a", "b"):
-        compare._flush(fake.url)
-        compare._points(Player(fake.url), compare.Setup(name, (), {}, False), trace, settings, 0, tmp_path)
+        block = functools.partial(awake.block, name) if interleaved else contextlib.nullcontext
+        sides.append(compare._Side(compare.Setup(name, (), {}, False), Player(fake.url), block))
+    for group in [sides] if interleaved else [[side] for side in sides]:
+        compare._points(group, trace, settings, 0, tmp_path)
         compare._save(tmp_path, settings)
     assert fake.flushed == 2
+    assert not interleaved or awake.turns["a"] > 9 < awake.turns["b"], "settling, scrapes, and every point in turns"
     runs = {path.stem: read_rows(path) for path in (tmp_path / "raw").glob("*.jsonl")}
     assert set(runs) == {"a-small-1-0", "a-small-4-0", "b-small-1-0", "b-small-4-0"}
     measured = [{r["session"] for r in rows} for _, rows in runs.values()]
@@ -201,26 +264,36 @@ def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "report.json").read_text())["summary"]["small"]["reused_share"] == 0
 
 
-def test_a_comparison_at_a_rate_that_is_given(fake, tmp_path, monkeypatch):
+@pytest.mark.parametrize("interleave_s", [None, 1.0])
+def test_a_comparison_at_a_rate_that_is_given(fake, tmp_path, monkeypatch, interleave_s):
     monkeypatch.setattr(compare, "_QUIET_S", 0.0)
-    monkeypatch.setattr(compare.server, "running", lambda *_, **__: contextlib.nullcontext(fake.url))
+    awake = Awake()
+    monkeypatch.setattr(compare.server, "launched", lambda *_, **__: contextlib.nullcontext(awake.server(fake.url)))
     monkeypatch.setattr(compare, "_points", functools.partial(_without_quality, compare._points))
     trace = Trace("small", tuple(request(i, float(i)) for i in range(40)), warm_up=3)
     monkeypatch.setattr(run, "load_trace", lambda *_: trace)
-    asked = {"url": None, "out": str(tmp_path), "server_arguments": []}
+    asked = {"url": None, "out": str(tmp_path), "server_arguments": [], "interleave_s": interleave_s}
     assert run.run(**ASKED | asked | {"setups": ["stock", "kvshare"], "model_path": "m", "seconds": 0.05}) == 0
+    assert set(awake.turns) == (set() if interleave_s is None else {0, 1})
     runs = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert [r["requests"] for r in runs] == [20, 20] and {r["load"] for r in runs} == {1.0}
     assert [r["offered_rps"] for r in runs] == pytest.approx([400.0, 400.0])
     assert "All are offered 400 requests a second" in (tmp_path / "report.md").read_text()
 
 
-def _without_quality(points, player, one, *rest):
-    points(player, replace(one, reuses=False), *rest)
+def _without_quality(points, sides, *rest):
+    points([replace(side, setup=replace(side.setup, reuses=False)) for side in sides], *rest)
+
+
+@pytest.mark.parametrize("wrong", [{"interleave_s": 0.5}, {"interleave_s": 90.0}, {"setups": ["stock"]}, {"url": "u"}])
+def test_turns_need_two_servers_of_ours_and_a_length(wrong, tmp_path):
+    asked = {"url": None, "setups": ["stock", "kvshare"], "interleave_s": 5.0, "out": str(tmp_path)}
+    with pytest.raises(ConfigError, match="1 to 60 seconds"):
+        run.run(**ASKED | asked | wrong, server_arguments=[])
 
 
 ASKED = {"setups": [], "names": ["rag"], "requests": 20, "arrivals": "bursty", "rate": 400.0, "loads": [], "seconds": 1}
-ASKED |= {"repeats": 1, "sockets": 4, "slo": SLO, "model_path": None, "check_counts": False}
+ASKED |= {"interleave_s": None, "repeats": 1, "sockets": 4, "slo": SLO, "model_path": None, "check_counts": False}
 
 
 def test_a_server_by_url(fake, tmp_path):

@@ -1,6 +1,10 @@
 """`fill_defaults`: our defaults appear only where the user gave none."""
 
+import contextlib
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +65,40 @@ def test_filling_twice_changes_nothing(gpu):
 
 def test_command_starts_stock_sglang():
     assert server.command(["--x"]) == [sys.executable, "-m", "sglang.launch_server", "--x"]
+
+
+FAMILY = """
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_halted_server_stands_still_with_all_its_processes_and_can_be_ended():
+    process = subprocess.Popen([sys.executable, "-c", FAMILY], start_new_session=True, stdout=subprocess.PIPE)
+    try:
+        family = {process.pid, int(process.stdout.readline())}
+        found = server.Launched("http://nowhere", process)
+        found.halt()
+        _until(lambda: {state(pid) for pid in family} == {"T"})
+        with found.awake():
+            _until(lambda: "T" not in {state(pid) for pid in family})
+        _until(lambda: {state(pid) for pid in family} == {"T"})
+    finally:
+        server._stop(process)
+    assert process.poll() is not None
+    _until(lambda: {state(pid) for pid in family} <= {"", "Z"})
+
+
+def state(pid: int) -> str:
+    """Linux's letter for it; empty when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    return ""
+
+
+def _until(holds) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "that does not come to pass"
+        time.sleep(0.01)

@@ -10,7 +10,7 @@ eval: setup       ## answer quality of every method on real text, small version 
 	@.venv/bin/kvshare eval --cases 24 --ratios 0.18 --methods naive,random,epic,cacheblend,kvshare,default,quality,speed
 
 bench: setup      ## load test: stock SGLang (lpm) and ours on the same RAG and agent traces (under 15 minutes); out/bench
-	@.venv/bin/kvshare bench --traces benchmarks/traces/rag.jsonl,benchmarks/traces/agents.jsonl
+	@.venv/bin/kvshare bench --interleave 5 --traces benchmarks/traces/rag.jsonl,benchmarks/traces/agents.jsonl
 
 test: setup       ## everything: unit, property, ops, contract, then end-to-end on the real server
 	@.venv/bin/python -m pytest -q tests

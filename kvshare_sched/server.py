@@ -22,7 +22,7 @@ from kvshare_sched.errors import SetupError
 
 SMALL_POOL = ("--max-total-tokens", "60000")  # of the embedded model; SGLang's own choice takes most of the memory
 _READY_S = 600  # model load and pool allocation included
-_END_S = 60  # a killed process may have much memory to give back
+_END_S = 60  # the schedulers may have much memory to give back
 
 
 def fill_defaults(arguments: Sequence[str]) -> list[str]:
@@ -123,10 +123,14 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log: Path) -> None:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Kill the whole session the server lives in: launcher, scheduler ranks, detokenizer.
+    """Kill the whole session the server lives in (launcher, scheduler ranks, detokenizer) and wait until it is gone.
 
     It has nothing to save. Asked politely SGLang takes six seconds, looking for requests and dumps every five.
     """
+    deadline = time.monotonic() + _END_S
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(_END_S)
+        while time.monotonic() < deadline:
+            process.poll()  # else the launcher stays, as a zombie
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)

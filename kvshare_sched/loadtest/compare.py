@@ -1,9 +1,9 @@
 """Server set-ups on one trace: the same requests, sockets, pool and seed for each.
 
 One after the other, or interleaved: all are started, and take turns of a few seconds in which the others are halted, so
-that a machine whose speed drifts does so for all of them. The first set-up says what "load 1" is: what it completes at
-the highest load, which comes first and whose pace is set by the warm-up, sent all at once. All set-ups are offered the
-same rates. Raw rows go to `raw/`; what they mean is `report`'s business.
+that while all of them run a machine whose speed drifts does so for each. The first set-up says what "load 1" is: what
+it completes at the highest load, which comes first and whose pace is set by the warm-up, sent all at once. All set-ups
+are offered the same rates. Raw rows go to `raw/`; what they mean is `report`'s business.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ _SINGLES = 4  # warm-up requests sent one by one: what happens once per tenant, 
 _FEWEST = 8  # requests at a load point
 _QUALITY_PROMPTS = 4
 _QUIET_S, _PATIENCE_S = 1.0, 60.0  # a server that has had nothing to do for so long is idle; how long to wait for that
+
+
+# What a halted server must not do when it goes on: close sockets that looked idle meanwhile, or end itself.
+_PATIENT = ({"SGLANG_TIMEOUT_KEEP_ALIVE": "86400"}, ("--watchdog-timeout", "86400"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,28 +132,33 @@ def compare(
     }
     _prepare(out, settings, sockets, slo)
     for repeat in range(repeats):
-        order = in_turn(setups, repeat)
-        for group in [order] if interleave_s else [[one] for one in order]:
+        order = rotated(setups, repeat)
+        for group in [[one] for one in order] if interleave_s is None else [order]:
             with ExitStack() as servers:
                 started = [_start(one, servers, interleave_s is not None, out) for one in group]
                 for trace in chosen:
-                    sides = [_Side(one, Player(url, sockets=sockets), awake) for one, url, awake in started]
+                    sides = [replace(side, player=Player(side.player.client.url, sockets=sockets)) for side in started]
                     _points(sides, trace, settings, repeat, out)
                     _save(out, settings)
 
 
-def _start(one: Setup, servers: ExitStack, halts: bool, out: Path) -> tuple[Setup, str, Callable]:
-    """A set-up, the URL of its server and what wakes that up; the server ends with `servers`."""
+def _start(one: Setup, servers: ExitStack, halts: bool, out: Path) -> _Side:
+    """A set-up whose server ends with `servers`."""
     print(f"starting {one.name} ...", flush=True)
-    arguments = [*one.arguments, "--log-level", "warning"]
-    started = servers.enter_context(server.launched(arguments, env=one.environment, log=out / f"server-{one.name}.log"))
-    if not halts:
-        return one, started.url, nullcontext
-    started.halt()
-    return one, started.url, started.awake
+    environment, arguments = _PATIENT if halts else ({}, ())
+    found = servers.enter_context(
+        server.launched(
+            [*one.arguments, *arguments, "--log-level", "warning"],
+            env=one.environment | environment,
+            log=out / f"server-{one.name}.log",
+        )
+    )
+    if halts:
+        found.halt()
+    return _Side(one, Player(found.url), found.awake if halts else nullcontext)
 
 
-def in_turn(setups: Sequence[Setup], repeat: int) -> list[Setup]:
+def rotated(setups: Sequence[Setup], repeat: int) -> list[Setup]:
     """Every repeat begins with another set-up: machines drift, and who comes later meets a slower one."""
     first = repeat % len(setups)
     return [*setups[first:], *setups[:first]]
@@ -193,12 +202,14 @@ def _point(
             _settle(side.player.client.url)
             before.append(counts.scraped(side.player.client.url))
         turns.append(Turn(side.player, f"{side.setup.name} {name} load {load:g}", side.awake))
-    for side, then, rows in zip(sides, before, play_in_turn(turns, due, settings["interleave_s"]), strict=True):
+    found = play_in_turn(turns, due, settings["interleave_s"])
+    for side, then, rows in zip(sides, before, found, strict=True):
+        file = out / "raw" / f"{side.setup.name}-{name}-{load:g}-{repeat}.jsonl"
+        write_rows(file, _about(side.setup.name, name, load, repeat, {}), rows)  # whatever becomes of the servers
         with side.awake():
             waits = counts.longest_waits(then, counts.scraped(side.player.client.url))
-        settings["capacity_rps"].setdefault(name, _throughput(rows))
-        about = _about(side.setup.name, name, load, repeat, waits)
-        write_rows(out / "raw" / f"{side.setup.name}-{name}-{load:g}-{repeat}.jsonl", about, rows)
+        write_rows(file, _about(side.setup.name, name, load, repeat, waits), rows)
+    settings["capacity_rps"].setdefault(name, _throughput(found[0]))
 
 
 def _throughput(rows: Sequence[dict]) -> float:

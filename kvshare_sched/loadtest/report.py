@@ -194,10 +194,10 @@ def _ratios(result: dict) -> str:
 _NOTES = (
     "TTFT: ratio of the means at the lowest load. Throughput: completed requests over makespan at the highest load. "
     "In brackets the range over the repeats; of a single run, for TTFT, a 95 % block bootstrap over its requests: it "
-    "does not contain what the machine does between two runs. Reused, exact: shares of the prompt tokens. First token: "
-    "how often the first answer token is that of the first set-up, for prompts that were the same on both. KL: full "
-    "prefill to the answer under reuse, nats, teacher forced over 16 tokens of full prefill's answer, on a few prompts "
-    "after the run."
+    "does not contain what the machine does between runs that follow each other. Reused, exact: shares of the prompt "
+    "tokens. First token: how often the first answer token is that of the first set-up, for prompts that were the same "
+    "on both. KL: full prefill to the answer under reuse, nats, teacher forced over 16 tokens of full prefill's "
+    "answer, on a few prompts after the run."
 )
 _COLUMNS = (
     "Times in seconds; TTFT and end to end count from when a request was due. Goodput: requests a second that met the "

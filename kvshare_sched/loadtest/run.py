@@ -10,7 +10,7 @@ from kvshare_sched.loadtest import compare, counts, report, traces, workloads
 from kvshare_sched.loadtest.statistics import Slo
 from kvshare_sched.loadtest.traces import Trace
 
-LONGEST_TURN_S = 60.0  # SGLang's watchdog ends a server whose scheduler has stood still for 300
+SHORTEST_TURN_S = 1.0  # some passes; in less an engine hardly gets going
 
 
 def run(
@@ -44,11 +44,13 @@ def run(
         raise ConfigError("--check-counts needs --url: the counts compared are those of one server that is running.")
     if url and server_arguments:
         raise ConfigError(f"{' '.join(server_arguments)}: not known, and a server that is running takes no arguments.")
-    if interleave_s is not None and (url or len(setups) < 2 or not 1.0 <= interleave_s <= LONGEST_TURN_S):
+    if len(set(setups)) < len(setups):
+        raise ConfigError(f"--compare {','.join(setups)}: the same name twice; their files would overwrite each other.")
+    if interleave_s is not None and (url or len(setups) < 2 or not interleave_s >= SHORTEST_TURN_S):
         against = "--url" if url else f"--compare {','.join(setups)}"
         raise ConfigError(
-            f"--interleave {interleave_s:g} with {against}: two or more set-ups take turns of 1 to "
-            f"{LONGEST_TURN_S:g} seconds."
+            f"--interleave {interleave_s:g} with {against}: two or more set-ups take turns of "
+            f"{SHORTEST_TURN_S:g} second or longer."
         )
     chosen, folder = [load_trace(name, requests, arrivals) for name in names], Path(out)
     found: dict[str, dict] = {}

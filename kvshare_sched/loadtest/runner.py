@@ -24,7 +24,7 @@ from kvshare_sched.loadtest import blocks
 from kvshare_sched.loadtest.blocks import Block
 from kvshare_sched.loadtest.traces import Request
 
-_TIMEOUT_S = 3600
+_TIMEOUT_S = 3600  # of a request, turns of other servers included
 _KEEP_S = 2.0  # an idle socket: servers close theirs (uvicorn after 5 s), and a request sent at that moment is lost
 _TOKENIZE_BATCH = 64
 _ORIGINS = ("exact", "reused", "recomputed", "fresh", "outcome", "reason")
@@ -95,8 +95,9 @@ class Player:
         (rows,) = play_in_turn([Turn(self, title, nullcontext)], requests)
         return rows
 
-    async def run(self, requests: Sequence[Request], progress: _Progress, clock: Clock) -> list[dict]:
+    async def run(self, requests: Sequence[Request], title: str, clock: Clock) -> list[dict]:
         """As `play`, by a clock that somebody else starts; the texts are known (`Encoder.learn`)."""
+        progress = _Progress(title, len(requests), clock)
         self._done = {(r.session, r.step): asyncio.Event() for r in requests}
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=self._sockets, keepalive_timeout=_KEEP_S)
@@ -190,8 +191,8 @@ class Turn:
 def play_in_turn(turns: Sequence[Turn], requests: Sequence[Request], slice_s: float | None = None) -> list[list[dict]]:
     """Each player's rows of the same requests, as of `Player.play`.
 
-    They take turns of `slice_s` seconds (None: one turn, to the end). Nobody's clock runs while its server is halted,
-    so each sees a machine of its own, and all of them the same one, however its speed drifts.
+    They take turns of `slice_s` seconds (None: one turn, to the end). Nobody's clock runs while its server is halted.
+    So each sees a machine of its own, and while all of them run the same one, however its speed drifts.
     """
     for turn in turns:
         with turn.awake():
@@ -202,7 +203,7 @@ def play_in_turn(turns: Sequence[Turn], requests: Sequence[Request], slice_s: fl
 async def _in_turn(turns: Sequence[Turn], requests: Sequence[Request], slice_s: float | None) -> list[list[dict]]:
     clocks = [Clock() for _ in turns]
     runs = [
-        asyncio.create_task(turn.player.run(requests, _Progress(turn.title, len(requests)), clock))
+        asyncio.create_task(turn.player.run(requests, turn.title, clock))
         for turn, clock in zip(turns, clocks, strict=True)
     ]
     while not all(run.done() for run in runs):
@@ -228,10 +229,10 @@ def _origins(meta: dict) -> dict:
 class _Progress:
     """One line on a terminal; one line at the end elsewhere."""
 
-    def __init__(self, title: str, total: int):
-        self._title, self._total = title, total
+    def __init__(self, title: str, total: int, clock: Clock):
+        self._title, self._total, self._clock = title, total, clock
         self._sent = self._answered = 0
-        self._started = self._shown = time.monotonic()
+        self._shown = time.monotonic()
 
     def sent(self) -> None:
         self._sent += 1
@@ -245,16 +246,15 @@ class _Progress:
         if sys.stderr.isatty() and time.monotonic() - self._shown > 0.1:
             self._shown = time.monotonic()
             filled = 24 * self._answered // self._total
-            print(f"\r{'#' * filled:.<24} {self._line()} ", end="", file=sys.stderr, flush=True)
+            print(f"\r{'#' * filled:.<24} {self._line()}\x1b[K", end="", file=sys.stderr, flush=True)
 
     def _line(self) -> str:
-        spent = time.monotonic() - self._started
         waiting = self._sent - self._answered
-        return f"{self._title}: {self._answered}/{self._total} answered, {waiting} waiting, {spent:.0f} s"
+        return f"{self._title}: {self._answered}/{self._total} answered, {waiting} waiting, {self._clock.now():.0f} s"
 
     def close(self) -> None:
         if sys.stderr.isatty():
-            print("\r" + " " * 100 + "\r", end="", file=sys.stderr)
+            print("\r\x1b[K", end="", file=sys.stderr)
         print(self._line(), file=sys.stderr, flush=True)
 
 

@@ -38,6 +38,7 @@ class Fake(ThreadingHTTPServer):
         self.flushed = 0
         self.running = self.most = 0
         self.lock = threading.Lock()
+        self.heard = lambda path: None
         self.miscounted = 0  # tokens of a request that /metrics has too many
         self.together: threading.Barrier | None = None  # answers nobody before that many are there
 
@@ -56,6 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        self.server.heard(self.path)
         if self.path == "/metrics":
             return self._metrics()
         models = {"data": [{"id": "fake"}]}
@@ -73,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self):
+        self.server.heard(self.path)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
         if self.path == "/tokenize":
             return self._json({"tokens": [[len(word) for word in text.split()] for text in body["prompt"]]})
@@ -162,24 +165,34 @@ def test_a_step_waits_for_the_answer_it_holds(fake):
 
 
 class Awake:
-    """Servers that may only be spoken to in turn."""
+    """Servers that may only be spoken to in turn; behind all of them is one."""
 
-    def __init__(self):
+    def __init__(self, fake):
         self.turns: Counter = Counter()
         self.who = None
-        self.servers = 0
+        self.halted: list = []
+        self.disturbed: list[str] = []  # paths asked for while all of them were halted
+        self.asked = 0
+        fake.heard = self.heard
+
+    def heard(self, path: str) -> None:
+        if self.who is None and path != "/generate":  # a socket may still hold one of those at the end of a turn
+            self.disturbed.append(path)
 
     @contextlib.contextmanager
     def block(self, name):
         assert self.who is None, f"{name} is woken beside {self.who}"
         self.who = name
         self.turns[name] += 1
-        yield
-        self.who = None
+        try:
+            yield
+        finally:
+            self.who = None
 
     def server(self, url: str):
-        name, self.servers = self.servers, self.servers + 1
-        return SimpleNamespace(url=url, halt=lambda: None, awake=lambda: self.block(name))
+        name, self.asked = self.asked, self.asked + 1
+        halt = functools.partial(self.halted.append, name)
+        return SimpleNamespace(url=url, halt=halt, awake=functools.partial(self.block, name))
 
 
 def test_a_clock_stands_still_while_its_server_is_halted():
@@ -187,31 +200,33 @@ def test_a_clock_stands_still_while_its_server_is_halted():
         clock = runner.Clock()
         await asyncio.sleep(0.02)
         assert clock.now() == 0, "nothing has run yet"
-        waits = asyncio.create_task(clock.until(0.05))
+        waits = asyncio.create_task(clock.until(0.3))
         clock.start()
         await asyncio.sleep(0.01)
         clock.stop()
         stood = clock.now()
-        await asyncio.sleep(0.2)
-        assert clock.now() == stood and 0.01 <= stood < 0.05 and not waits.done()
+        await asyncio.sleep(0.4)  # a timer made before the halt ends in it
+        assert clock.now() == stood and 0.01 <= stood < 0.3 and not waits.done()
         clock.start()
         await waits
-        assert clock.now() >= 0.05
+        assert clock.now() >= 0.3
         await clock.until(0.01)
 
     asyncio.run(scenario())
 
 
 def test_two_players_in_turns_see_one_machine_each(fake):
-    """Sent at the same seconds of their own clocks, and only one of the two is ever awake."""
-    awake = Awake()
+    """Sent at the same seconds of their own clocks, of which only one goes at a time."""
+    awake = Awake(fake)
     turns = [runner.Turn(Player(fake.url), name, functools.partial(awake.block, name)) for name in "ab"]
     asked = [request(i, 0.05 * i) for i in range(8)]
+    started = time.perf_counter()
     one, other = runner.play_in_turn(turns, asked, 0.03)
+    assert time.perf_counter() - started >= 2 * asked[-1].at_s, "two clocks that never go together"
     assert [r["due_s"] for r in one] == [r["due_s"] for r in other] == [r.at_s for r in asked]
     for rows in (one, other):
         assert all(row["token_s"][0] >= row["due_s"] - 0.001 for row in rows), "nothing comes before its time"
-    assert awake.turns["a"] > 10 < awake.turns["b"]
+    assert awake.turns["a"] > 3 < awake.turns["b"] and not awake.disturbed
     assert [r["prompt"] for r in one] == [r["prompt"] for r in other]
 
 
@@ -240,7 +255,13 @@ def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch, interleaved):
     settings |= {"rough_capacity_rps": {}, "capacity_rps": {}, "quality": {}}
     compare._prepare(tmp_path, settings, 8, SLO)
     settings["interleave_s"] = 0.05 if interleaved else None
-    awake, sides = Awake(), []
+    awake, sides, played = Awake(fake), [], []
+
+    def play(turns, requests, slice_s):
+        played.append(([turn.title for turn in turns], slice_s))
+        return runner.play_in_turn(turns, requests, slice_s)
+
+    monkeypatch.setattr(compare, "play_in_turn", play)
     for name in ("a", "b"):
         block = functools.partial(awake.block, name) if interleaved else contextlib.nullcontext
         sides.append(compare._Side(compare.Setup(name, (), {}, False), Player(fake.url), block))
@@ -248,7 +269,9 @@ def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch, interleaved):
         compare._points(group, trace, settings, 0, tmp_path)
         compare._save(tmp_path, settings)
     assert fake.flushed == 2
-    assert not interleaved or awake.turns["a"] > 9 < awake.turns["b"], "settling, scrapes, and every point in turns"
+    if interleaved:
+        assert played == [(["a small load 4", "b small load 4"], 0.05), (["a small load 1", "b small load 1"], 0.05)]
+        assert not awake.disturbed
     runs = {path.stem: read_rows(path) for path in (tmp_path / "raw").glob("*.jsonl")}
     assert set(runs) == {"a-small-1-0", "a-small-4-0", "b-small-1-0", "b-small-4-0"}
     measured = [{r["session"] for r in rows} for _, rows in runs.values()]
@@ -267,14 +290,17 @@ def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch, interleaved):
 @pytest.mark.parametrize("interleave_s", [None, 1.0])
 def test_a_comparison_at_a_rate_that_is_given(fake, tmp_path, monkeypatch, interleave_s):
     monkeypatch.setattr(compare, "_QUIET_S", 0.0)
-    awake = Awake()
+    awake = Awake(fake)
     monkeypatch.setattr(compare.server, "launched", lambda *_, **__: contextlib.nullcontext(awake.server(fake.url)))
     monkeypatch.setattr(compare, "_points", functools.partial(_without_quality, compare._points))
     trace = Trace("small", tuple(request(i, float(i)) for i in range(40)), warm_up=3)
     monkeypatch.setattr(run, "load_trace", lambda *_: trace)
     asked = {"url": None, "out": str(tmp_path), "server_arguments": [], "interleave_s": interleave_s}
     assert run.run(**ASKED | asked | {"setups": ["stock", "kvshare"], "model_path": "m", "seconds": 0.05}) == 0
-    assert set(awake.turns) == (set() if interleave_s is None else {0, 1})
+    if interleave_s is None:
+        assert not awake.halted and not awake.turns
+    else:
+        assert awake.halted == [0, 1] and awake.turns.keys() == {0, 1} and not awake.disturbed
     runs = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert [r["requests"] for r in runs] == [20, 20] and {r["load"] for r in runs} == {1.0}
     assert [r["offered_rps"] for r in runs] == pytest.approx([400.0, 400.0])
@@ -285,11 +311,16 @@ def _without_quality(points, sides, *rest):
     points([replace(side, setup=replace(side.setup, reuses=False)) for side in sides], *rest)
 
 
-@pytest.mark.parametrize("wrong", [{"interleave_s": 0.5}, {"interleave_s": 90.0}, {"setups": ["stock"]}, {"url": "u"}])
+@pytest.mark.parametrize("wrong", [{"interleave_s": 0.5}, {"setups": ["stock"]}, {"url": "u"}])
 def test_turns_need_two_servers_of_ours_and_a_length(wrong, tmp_path):
     asked = {"url": None, "setups": ["stock", "kvshare"], "interleave_s": 5.0, "out": str(tmp_path)}
-    with pytest.raises(ConfigError, match="1 to 60 seconds"):
+    with pytest.raises(ConfigError, match="1 second or longer"):
         run.run(**ASKED | asked | wrong, server_arguments=[])
+
+
+def test_a_set_up_is_compared_once(tmp_path):
+    with pytest.raises(ConfigError, match="the same name twice"):
+        run.run(**ASKED | {"setups": ["kvshare", "kvshare"]}, url=None, out=str(tmp_path), server_arguments=[])
 
 
 ASKED = {"setups": [], "names": ["rag"], "requests": 20, "arrivals": "bursty", "rate": 400.0, "loads": [], "seconds": 1}
@@ -358,5 +389,5 @@ def test_setups_differ_where_they_should():
 
 def test_every_repeat_begins_with_another_set_up():
     setups = [compare.Setup(name, (), {}, False) for name in "abc"]
-    turns = ["".join(s.name for s in compare.in_turn(setups, repeat)) for repeat in range(4)]
+    turns = ["".join(s.name for s in compare.rotated(setups, repeat)) for repeat in range(4)]
     assert turns == ["abc", "bca", "cab", "abc"]

@@ -11,7 +11,7 @@ eval: setup       ## answer quality of every method on real text, small version 
 
 # In turns on a CPU; there alone it was tried, and there alone two servers surely fit beside each other.
 bench: setup      ## load test: stock SGLang (lpm) and ours on the same RAG and agent traces (under 15 minutes); out/bench
-	@.venv/bin/kvshare bench $(if $(shell command -v nvidia-smi),,--interleave 5) --traces benchmarks/traces/rag.jsonl,benchmarks/traces/agents.jsonl
+	@.venv/bin/kvshare bench $(if $(wildcard /proc/driver/nvidia/version /dev/nvidia0),,--interleave 5) --traces benchmarks/traces/rag.jsonl,benchmarks/traces/agents.jsonl
 
 test: setup       ## everything: unit, property, ops, contract, then end-to-end on the real server
 	@.venv/bin/python -m pytest -q tests

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,8 +30,6 @@ _SINGLES = 4  # warm-up requests sent one by one: what happens once per tenant, 
 _FEWEST = 8  # requests at a load point
 _QUALITY_PROMPTS = 4
 _QUIET_S, _PATIENCE_S = 1.0, 60.0  # a server that has had nothing to do for so long is idle; how long to wait for that
-
-
 # What a halted server must not do when it goes on: close sockets that looked idle meanwhile, or end itself.
 _PATIENT = ({"SGLANG_TIMEOUT_KEEP_ALIVE": "86400"}, ("--watchdog-timeout", "86400"))
 
@@ -131,31 +129,32 @@ def compare(
         "quality": {},
     }
     _prepare(out, settings, sockets, slo)
+    halts = interleave_s is not None
     for repeat in range(repeats):
         order = rotated(setups, repeat)
-        for group in [[one] for one in order] if interleave_s is None else [order]:
+        for group in [order] if halts else [[one] for one in order]:
             with ExitStack() as servers:
-                started = [_start(one, servers, interleave_s is not None, out) for one in group]
+                started = [(one, servers.enter_context(_started(one, halts, out))) for one in group]
                 for trace in chosen:
-                    sides = [replace(side, player=Player(side.player.client.url, sockets=sockets)) for side in started]
+                    sides = [
+                        _Side(one, Player(found.url, sockets=sockets), found.awake if halts else nullcontext)
+                        for one, found in started
+                    ]
                     _points(sides, trace, settings, repeat, out)
                     _save(out, settings)
 
 
-def _start(one: Setup, servers: ExitStack, halts: bool, out: Path) -> _Side:
-    """A set-up whose server ends with `servers`."""
+@contextmanager
+def _started(one: Setup, halts: bool, out: Path) -> Iterator[server.Launched]:
+    """The server of a set-up, halted where set-ups take turns."""
     print(f"starting {one.name} ...", flush=True)
     environment, arguments = _PATIENT if halts else ({}, ())
-    found = servers.enter_context(
-        server.launched(
-            [*one.arguments, *arguments, "--log-level", "warning"],
-            env=one.environment | environment,
-            log=out / f"server-{one.name}.log",
-        )
-    )
-    if halts:
-        found.halt()
-    return _Side(one, Player(found.url), found.awake if halts else nullcontext)
+    arguments = [*one.arguments, *arguments, "--log-level", "warning"]
+    log = out / f"server-{one.name}.log"
+    with server.launched(arguments, env=one.environment | environment, log=log) as found:
+        if halts:
+            found.halt()
+        yield found
 
 
 def rotated(setups: Sequence[Setup], repeat: int) -> list[Setup]:
@@ -209,7 +208,8 @@ def _point(
         with side.awake():
             waits = counts.longest_waits(then, counts.scraped(side.player.client.url))
         write_rows(file, _about(side.setup.name, name, load, repeat, waits), rows)
-    settings["capacity_rps"].setdefault(name, _throughput(found[0]))
+    for rows in found:  # each must have answered something
+        settings["capacity_rps"].setdefault(name, _throughput(rows))
 
 
 def _throughput(rows: Sequence[dict]) -> float:

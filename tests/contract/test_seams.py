@@ -7,6 +7,7 @@ import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -172,6 +173,27 @@ def test_every_setting_we_refuse_is_one_of_sglangs_and_its_default_is_not_refuse
     for name, (fine, _) in (support._SETTINGS | support._TENANT_SETTINGS).items():
         value = getattr(defaults, name)
         assert value is None or value in (fine if isinstance(fine, tuple) else (fine,)), f"{name}={value}"
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"KVSHARE_STRATEGY": "cachblend"}, ("cachblend", "cacheblend", "KVSHARE_STRATEGY")),
+        ({"KVSHARE_RATIO": "1.5"}, ("1.5", "0.0 <= ratio <= 1.0")),
+        ({"KVSHARE_WINDOWS": "3"}, ("KVSHARE_WINDOWS", "window")),
+    ],
+)
+def test_wrong_configuration_is_one_line(environment, named, monkeypatch):
+    """What the launcher then prints is in e2e/test_untouched.py."""
+    from sglang.srt.arg_groups import model_override_base
+
+    monkeypatch.setattr(model_override_base, "resolved_view", lambda args: args)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        support.check_server_args(lambda args: None, SimpleNamespace(radix_cache_backend="kvshare"))
+    (line,) = str(ended.value).splitlines()
+    assert line.startswith("kvshare: ") and all(word in line for word in named)
 
 
 def test_entry_points_are_installed():

@@ -104,6 +104,7 @@ def start(name: str, arguments, environment) -> Iterator[Server]:
     full = [*server.fill_defaults([*base, *arguments])]
     with server.running(full, env={"KVSHARE_AUDIT_SHARE": "0"} | environment, log=log) as url:
         yield Server(url, log)
+        assert requests.get(f"{url}/health", timeout=60).status_code == 200  # generates a token, which takes a second
 
 
 # Rounding of log-probabilities between two ways to compute the same. On a GPU the model runs in half precision.

@@ -318,6 +318,19 @@ def test_turns_need_two_servers_of_ours_and_a_length(wrong, tmp_path):
         run.run(**ASKED | asked | wrong, server_arguments=[])
 
 
+def test_a_set_up_that_answers_nothing_ends_the_comparison_with_all_rows_written(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_QUIET_S", 0.0)
+    done = [{"token_s": [1.0], "due_s": 0.0, "output_ids": [1]}]
+    monkeypatch.setattr(compare, "play_in_turn", lambda *_: [done, [{"due_s": 0.0, "error": "gone"}]])
+    sides = [
+        compare._Side(compare.Setup(name, (), {}, False), Player(fake.url), contextlib.nullcontext) for name in "ab"
+    ]
+    settings = {"interleave_s": 1.0, "capacity_rps": {}}
+    with pytest.raises(SetupError, match="gone"):
+        compare._point(sides, "small", 1.0, [], settings, 0, tmp_path)
+    assert len(list((tmp_path / "raw").glob("*.jsonl"))) == 2
+
+
 def test_a_set_up_is_compared_once(tmp_path):
     with pytest.raises(ConfigError, match="the same name twice"):
         run.run(**ASKED | {"setups": ["kvshare", "kvshare"]}, url=None, out=str(tmp_path), server_arguments=[])

@@ -1,4 +1,4 @@
-"""`fill_defaults`: our defaults appear only where the user gave none."""
+"""Our defaults appear only where the user gave none; a server can be halted, and ended with all it started."""
 
 import contextlib
 import subprocess

@@ -11,6 +11,7 @@ measurement is every rank's, so all tensor-parallel ranks audit and conclude ali
 from __future__ import annotations
 
 import logging
+import uuid
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -83,16 +84,15 @@ class Auditor:
         self.queue: deque[Audit] = deque()
         self.running: Audit | None = None
         self.upto = 0  # of its tokens, with the piece that was last asked for
-        self._in_flight = False  # that piece has not run yet
+        self._done = 0  # of its tokens, in the tree
+        self.piece: object | None = None  # SGLang's request for that piece, while the engine has it
+        self.held_back: list = []  # what came while it ran and must find an idle engine, in order
         self.tokens = self.served = 0  # spent on audits; prompt tokens of clients
         self.started_s = 0.0  # by the clock, for the metrics only
         self._prefill_s = prefill_s
         self._shut, self._lent = shut, lent
         self._metrics = metrics
-        self._captures: dict[str, Capture] = {}
         self._counts: OrderedDict[str, int] = OrderedDict()  # approximate requests of each tenant
-        self._number = 0
-        self._unloaded: str | None = None  # audit whose adapter went while it ran
 
     # ---- settings of a request ----
 
@@ -109,10 +109,7 @@ class Auditor:
 
     def begun(self, session) -> None:
         """A `session.Session` was admitted: decide whether to audit it."""
-        if self.share == 0 or self.owns(session.rid):
-            return
-        if session.reason is Reason.RETRACTED:
-            self._drop(session.rid, "retracted")
+        if self.share == 0 or session.audit or session.reason is Reason.RETRACTED:
             return
         self.served += session.prompt_len
         if session.reason is Reason.QUALITY:
@@ -124,7 +121,7 @@ class Auditor:
         config = session.config
         # An answer repaired on the way says nothing about those that are not.
         wished = session.wished or config.repair_rows != self.repair_rows
-        self._captures[session.rid] = Capture(
+        session.capture = Capture(
             *(tenant, config.strategy, config.ratio, wished),
             donors=tuple((tenant, d) if self._lent(d, tenant) else d for d in sorted(session.leases)),
             prompt_len=session.prompt_len,
@@ -140,16 +137,15 @@ class Auditor:
         due = count == 0 or int(count * self.share) > int((count - 1) * self.share)
         return due or self.controller.on_trial(tenant)
 
-    def observe(self, batch, output) -> None:
+    def observe(self, sessions, batch, output) -> None:
         """After a forward pass: keep the distributions of the requests under audit. Never raises.
 
-        batch: SGLang's ForwardBatch; output.next_token_logits float [requests, vocabulary], copied from at once
-        because samplers write into it. Middle chunks of a prompt end before its length and are passed over.
+        sessions: of the batch's requests, None for one without; batch: SGLang's ForwardBatch; output.next_token_logits
+        float [requests, vocabulary], copied from at once because samplers write into it. Middle chunks of a prompt end
+        before its length and are passed over.
         """
-        if not self._captures:
-            return
-        for row, rid in enumerate(batch.rids or ()):
-            capture = self._captures.get(rid)
+        for row, session in enumerate(sessions):
+            capture = session.capture if session is not None else None
             if capture is None or capture.broken or len(capture.rows) >= POSITIONS:
                 continue
             try:
@@ -158,20 +154,26 @@ class Auditor:
                     best = logits.topk(min(TOP, len(logits)))
                     capture.rows.append((best.indices, best.values - logits.logsumexp(0)))
             except Exception:
-                logger.exception("kvshare: the logits of request %s could not be kept for its audit", rid)
+                logger.exception("kvshare: the logits of request %s could not be kept for its audit", session.rid)
                 capture.broken = True
 
-    def abandoned(self, rid: str) -> None:
-        """Reuse of this request failed half-way: its answer says nothing about reuse."""
-        self._drop(rid, "abandoned")
+    def drop(self, session, reason: str) -> None:
+        """A request's answer will say nothing about reuse; no matter when it was not under audit."""
+        if session.capture is not None:
+            session.capture = None
+            self._count("dropped", reason)
 
-    def watches(self, rid: str) -> bool:
-        """Whether `finished` wants to hear of this request."""
-        return rid in self._captures
+    def released(self, session, finished: bool) -> None:
+        """A request gave its KV back. One that ended without a token is not heard of again."""
+        capture = session.capture
+        if not finished:
+            self.drop(session, "retracted")
+        elif capture is not None and not capture.rows and not capture.broken:
+            self.drop(session, "no_answer")
 
-    def finished(self, rid: str, namespace: Namespace, prompt: Sequence[int], answer: Sequence[int]) -> None:
-        """A watched request has ended; answer: the tokens sent."""
-        capture = self._captures.pop(rid)
+    def finished(self, session, namespace: Namespace, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """A request under audit has ended; answer: the tokens sent."""
+        capture, session.capture = session.capture, None
         count = min(len(answer), len(capture.rows))
         if count == 0 or len(prompt) != capture.prompt_len:
             self._count("failed", "capture") if capture.broken else self._count("dropped", "no_answer")
@@ -179,9 +181,9 @@ class Auditor:
         capture.rows = [(ids.cpu(), log_q.cpu()) for ids, log_q in capture.rows[:count]]
         if len(self.queue) >= _QUEUE:
             self._drop_one()
-        self._number += 1
+        # Nobody can guess the id: SGLang aborts every request whose id begins as a client says.
         tokens = [*prompt, *answer[:count]]
-        self.queue.append(Audit(f"kvshare-audit-{self._number}", namespace, tokens, capture))
+        self.queue.append(Audit(f"kvshare-audit-{uuid.uuid4().hex}", namespace, tokens, capture))
 
     def _drop_one(self) -> None:
         """The oldest of whoever has most: a tenant that floods the engine leaves the others their audits."""
@@ -196,10 +198,8 @@ class Auditor:
 
         Cost is bounded: an audit starts only while audits have spent at most `share` of the prompt tokens served.
         """
-        if self._in_flight:  # an idle engine has lost it: aborted before it ran
+        if self.piece is not None:  # an idle engine has lost it: aborted before it ran
             self._end("dropped", "lost")
-        for rid in tuple(self._captures):
-            self._drop(rid, "lost")
         if self.running is not None and len(self.running.tokens) >= room:
             self._end("dropped", "no_room")
         while self.running is None and self.queue and self.tokens <= self.share * self.served:
@@ -207,25 +207,31 @@ class Auditor:
             if len(audit.tokens) >= room:
                 self._count("dropped", "no_room")
                 continue
-            self.running, self.upto = audit, audit.capture.exact_len // PIECE * PIECE  # that much was in the tree
+            self.running, self._done = audit, audit.capture.exact_len // PIECE * PIECE  # that much was in the tree
             self._spent(len(audit.tokens))
         if self.running is not None:
-            self._in_flight = True
-            self.upto += PIECE
+            self.upto = self._done + PIECE
             if self.upto >= self.running.capture.prompt_len:  # what is compared comes in one piece
                 self.upto = len(self.running.tokens)
         return self.running
 
-    def partial(self, rid: str) -> bool:
-        """Whether a request is a piece of the reference with more to come."""
-        return self.owns(rid) and self.upto < len(self.running.tokens)
+    def sent(self, piece: object) -> None:
+        """The engine has taken the piece that `start` asked for as this request."""
+        self.piece = piece
+
+    @property
+    def partial(self) -> bool:
+        """Whether more pieces follow the one that runs."""
+        return self.upto < len(self.running.tokens)
+
+    def withdrawn(self) -> None:
+        """The piece was taken out of the queue before it ran; `start` asks for it again."""
+        self.piece = None
 
     def went_on(self, computed: int) -> None:
         """A piece has run and computed so many tokens, with more to come."""
-        self._in_flight = False
-        if self.running.rid == self._unloaded:
-            self._end("dropped", "unloaded")
-        elif computed > 2 * PIECE:  # the pool is too small to keep what earlier pieces have computed
+        self.piece, self._done = None, self.upto
+        if computed > 2 * PIECE:  # the pool is too small to keep what earlier pieces have computed
             self._spent(computed - PIECE)
             self._end("dropped", "no_room")
 
@@ -234,24 +240,18 @@ class Auditor:
         if self._metrics is not None:
             self._metrics.spent(tokens)
 
-    def owns(self, rid: str) -> bool:
-        """Whether a request is the piece of a reference that runs now."""
-        return self._in_flight and self.running.rid == rid
+    def owns(self, req) -> bool:
+        """Whether a request of SGLang's is the piece of a reference that runs now."""
+        return req is not None and req is self.piece
 
-    def unloaded(self, lora_id: str | None) -> bool:
-        """An adapter goes, and the audits that wait for it; True when the piece now running needs it: it must do
-        without, and is worth nothing."""
-        kept = [audit for audit in self.queue if audit.namespace.lora_id != lora_id]
+    def forget(self, reason: str, concerned: Callable[[Audit], bool] = lambda audit: True) -> None:
+        """Drop the audits that can no longer be compared; no piece of them is in the engine (`audit_adapter`)."""
+        kept = [audit for audit in self.queue if not concerned(audit)]
         for _ in range(len(self.queue) - len(kept)):
-            self._count("dropped", "unloaded")
+            self._count("dropped", reason)
         self.queue = deque(kept)
-        if self.running is None or self.running.namespace.lora_id != lora_id:
-            return False
-        if not self._in_flight:
-            self._end("dropped", "unloaded")
-            return False
-        self._unloaded = self.running.rid
-        return True
+        if self.running is not None and concerned(self.running):
+            self._end("dropped", reason)
 
     def timed(self, now_s: float, tokens: int) -> None:
         """A piece has run and computed so many tokens; it shows how far the cost model can be trusted."""
@@ -261,9 +261,6 @@ class Auditor:
     def settle(self, reference: Sequence[Sequence[float]] | None, best: Sequence[int] | None) -> None:
         """The reference has run: rows as `compare` takes them, None when it failed. Never raises."""
         audit, found = self.running, None
-        if audit.rid == self._unloaded:
-            self._end("dropped", "unloaded")
-            return
         try:
             if reference is not None:
                 found = compare(audit.capture.rows, reference, audit.ids, best)
@@ -295,12 +292,8 @@ class Auditor:
         if self._metrics is not None:
             self._metrics.controlled(tenant, self.controller.ratio(tenant), self.controller.is_off(tenant))
 
-    def _drop(self, rid: str, reason: str) -> None:
-        if self._captures.pop(rid, None) is not None:
-            self._count("dropped", reason)
-
     def _end(self, result: str, reason: str) -> None:
-        self.running, self._in_flight = None, False
+        self.running = self.piece = None
         self._count(result, reason)
 
     def _count(self, result: str, reason: str) -> None:

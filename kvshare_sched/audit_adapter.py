@@ -7,6 +7,7 @@ import time
 from array import array
 
 from kvshare_sched.audit import Audit, Auditor
+from kvshare_sched.session import Session, session_of, sessions_of
 from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of
 from kvshare_sched.tenants import gate
 
@@ -19,7 +20,7 @@ def watch(auditor: Auditor, model) -> None:
 
     def forward(input_ids, positions, forward_batch, *args, **kwargs):
         output = inner(input_ids, positions, forward_batch, *args, **kwargs)
-        auditor.observe(forward_batch, output)
+        auditor.observe(sessions_of(forward_batch), forward_batch, output)
         return output
 
     model.forward = forward
@@ -32,57 +33,111 @@ def on_idle(original, scheduler, *args, **kwargs):
     neither checks nor sleeps, so the next pass runs it.
     """
     auditor = _auditor(scheduler.tree_cache)
-    if auditor is not None and scheduler.is_fully_idle():
+    # An engine that has given its memory away is idle too, and can compute nothing.
+    if auditor is not None and scheduler.is_fully_idle() and not scheduler.weight_updater.offload_tags:
         allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
         room = min(
             allocator.available_size() + cache.full_evictable_size() - 2 * scheduler.page_size,
             scheduler.max_req_input_len,
         )
         if (audit := auditor.start(room)) is not None:
-            try:
-                auditor.started_s = time.perf_counter()
-                with gate.ours():
-                    scheduler.handle_generate_request(request_of(audit, auditor.upto))
-            except Exception:
-                logger.exception("kvshare: audit %s could not be started", audit.rid)
-                auditor.settle(None, None)
+            _send(scheduler, auditor, audit)
     return original(scheduler, *args, **kwargs)
+
+
+def _send(scheduler, auditor: Auditor, audit: Audit) -> None:
+    auditor.started_s = time.perf_counter()
+    try:
+        with gate.ours():
+            scheduler.handle_generate_request(request_of(audit, auditor.upto))
+    except Exception:
+        logger.exception("kvshare: audit %s could not be started", audit.rid)
+    waiting = scheduler.waiting_queue
+    if waiting and waiting[-1].rid == audit.rid:
+        auditor.sent(waiting[-1])
+    else:
+        auditor.settle(None, None)
+
+
+def process_input_requests(original, scheduler, recv_reqs):
+    """Around `Scheduler.process_input_requests`: whoever has all answers finds the engine idle.
+
+    SGLang refuses an operator, or ends, when a request runs: at a flush, an update of the weights, a release of memory
+    and more. A client cannot know of a piece of ours. So one that waits is taken back, and when one runs, which takes a
+    few passes, the operator's request and all behind it wait for its end.
+    """
+    auditor = _auditor(scheduler.tree_cache)
+    if auditor is None:
+        return original(scheduler, recv_reqs)
+    recv_reqs = [*auditor.held_back, *recv_reqs]
+    auditor.held_back = []
+    first = next((at for at, one in enumerate(recv_reqs) if not _from_client(one)), None)
+    if first is not None and not _withdrawn(scheduler, auditor):
+        recv_reqs, auditor.held_back = recv_reqs[:first], recv_reqs[first:]
+    return original(scheduler, recv_reqs)
+
+
+def _from_client(recv_req) -> bool:
+    from sglang.srt.managers import io_struct
+
+    return isinstance(
+        recv_req,
+        (
+            io_struct.TokenizedGenerateReqInput,
+            io_struct.TokenizedEmbeddingReqInput,
+            io_struct.BatchTokenizedGenerateReqInput,
+            io_struct.BatchTokenizedEmbeddingReqInput,
+            io_struct.AbortReq,
+            io_struct.OpenSessionReqInput,
+            io_struct.CloseSessionReqInput,
+        ),
+    )
+
+
+def _withdrawn(scheduler, auditor: Auditor) -> bool:
+    """Whether no piece of a reference is in the engine, after one that has not begun was taken out of the queue."""
+    piece = auditor.piece
+    for at, req in enumerate(scheduler.waiting_queue if piece is not None else ()):
+        if req is piece:
+            del scheduler.waiting_queue[at]
+            scheduler._release_aborted_request(piece)
+            auditor.withdrawn()
+            break
+    return auditor.piece is None
 
 
 def stream_output(original, streamer, reqs, *args, **kwargs):
     """Around `SchedulerOutputStreamer.stream_output`: learn who has finished; a reference goes to nobody."""
-    auditor = _auditor(streamer.tree_cache)
-    if auditor is not None:
-        ours = [req for req in reqs if auditor.owns(req.rid)]
-        if ours:
-            reqs = [req for req in reqs if not auditor.owns(req.rid)]
-        for req in reqs:
-            if req.finished() and auditor.watches(req.rid):
-                _finished(auditor, req)
-        for req in ours:
-            if req.finished():
-                req.finished_output = True  # should it come by again, SGLang passes it over
-                computed = len(req.origin_input_ids) - req.cached_tokens
-                auditor.timed(time.perf_counter(), computed)
-                if auditor.partial(req.rid) and not _aborted(req):
-                    auditor.went_on(computed)
-                else:
-                    auditor.settle(*reference_of(req))
+    pipeline = getattr(streamer.tree_cache, "pipeline", None)
+    if pipeline is None:
+        return original(streamer, reqs, *args, **kwargs)
+    auditor = pipeline.auditor
+    ours = [req for req in reqs if auditor.owns(req)]
+    if ours:
+        reqs = [req for req in reqs if not auditor.owns(req)]
+    for req in reqs:
+        if req.finished() and (session := session_of(req)) is not None and session.capture is not None:
+            _finished(pipeline, session, req)
+    for req in ours:
+        if req.finished():
+            req.finished_output = True  # should it come by again, SGLang passes it over
+            computed = len(req.origin_input_ids) - req.cached_tokens
+            auditor.timed(time.perf_counter(), computed)
+            if auditor.partial and not _aborted(req):
+                auditor.went_on(computed)
+            else:
+                auditor.settle(*reference_of(req))
     return original(streamer, reqs, *args, **kwargs)
 
 
 def unload_lora_adapter(original, scheduler, recv_req):
-    """Around `Scheduler.unload_lora_adapter`: SGLang waits for clients' requests under an adapter, but knows no audits.
+    """Around `Scheduler.unload_lora_adapter`: an adapter goes, and the audits that wait for it.
 
-    A request whose adapter is gone would stop the scheduler.
+    A request whose adapter is gone would stop the scheduler; none of ours is in the engine then.
     """
     auditor = _auditor(scheduler.tree_cache)
-    if auditor is not None and recv_req.lora_id and auditor.unloaded(recv_req.lora_id):
-        batches = (scheduler.running_batch, scheduler.last_batch)  # the one in flight is the last
-        reqs = [req for batch in batches if batch is not None for req in batch.reqs]
-        for req in (*scheduler.waiting_queue, scheduler.chunked_req, *reqs):
-            if req is not None and auditor.owns(req.rid):
-                req.lora_id = None
+    if auditor is not None and recv_req.lora_id:
+        auditor.forget("unloaded", lambda audit: audit.namespace.lora_id == recv_req.lora_id)
     return original(scheduler, recv_req)
 
 
@@ -91,9 +146,12 @@ def _auditor(cache) -> Auditor | None:
     return None if pipeline is None else pipeline.auditor
 
 
-def _finished(auditor: Auditor, req) -> None:
+def _finished(pipeline, session: Session, req) -> None:
+    if session.weights != pipeline.weights:
+        pipeline.auditor.drop(session, "weights")
+        return
     try:
-        auditor.finished(req.rid, namespace_of(req), req.origin_input_ids, req.output_ids_through_stop)
+        pipeline.auditor.finished(session, namespace_of(req), req.origin_input_ids, req.output_ids_through_stop)
     except Exception:
         logger.exception("kvshare: request %s could not be queued for its audit", req.rid)
 
@@ -149,6 +207,7 @@ def hooks() -> dict[str, object]:
     """Seam -> hook body, all of kind AROUND."""
     return {
         "sglang.srt.managers.scheduler.Scheduler.on_idle": on_idle,
+        "sglang.srt.managers.scheduler.Scheduler.process_input_requests": process_input_requests,
         "sglang.srt.managers.scheduler.Scheduler.unload_lora_adapter": unload_lora_adapter,
         "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output": stream_output,
     }

@@ -1,9 +1,9 @@
 """The report in the client's answer; runs in the process that talks HTTP.
 
-SGLang collects `customized_info` as a list per output token. Ours is one object per answer: it arrives with
-the first output and is repeated in the `meta_info` of every later chunk of the same answer. The OpenAI
-endpoints have no meta_info; their `metadata`, which clients ignore when they do not know it, gets a list
-`kvshare` with one report for each of the `choices` in the same JSON object (streams: the last chunk).
+SGLang collects `customized_info` by output token, or by request, as ours: one object per answer. It arrives with the
+first output, or with the end of an answer that has none, and is repeated in the `meta_info` of every later chunk of
+the same answer. The OpenAI endpoints have no meta_info; their `metadata`, which clients ignore when they do not know
+it, gets a list `kvshare` with one report for each of the `choices` in the same JSON object (streams: the last chunk).
 """
 
 from __future__ import annotations
@@ -30,14 +30,21 @@ def update_request_meta_info(original, manager, meta_info, state, customized_inf
             if (details := reports[0].pop("details", None)) is not None:  # for our own pages only
                 recent.requests.remember(meta_info["id"], reports[0], details)
             setattr(state, _ATTRIBUTE, reports[0])
-            _recent[meta_info["id"]] = reports[0]
-            while len(_recent) > _RECENT:
-                _recent.popitem(last=False)
         customized_info = {k: v for k, v in customized_info.items() if k != "kvshare"}
     report = getattr(state, _ATTRIBUTE, None)
     if report is not None:
         meta_info["kvshare"] = report
+    _remember(meta_info["id"], report)
     return original(manager, meta_info, state, customized_info, index, finish_reason)
+
+
+def _remember(rid: str, report: dict | None) -> None:
+    """For the stream of this answer. One without a report must not find that of an earlier client with the same id."""
+    _recent.pop(rid, None)
+    if report is not None:
+        _recent[rid] = report
+        if len(_recent) > _RECENT:
+            _recent.popitem(last=False)
 
 
 def build_response(original, handler, request, ret, created):

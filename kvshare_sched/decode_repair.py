@@ -22,7 +22,7 @@ from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from kvshare_sched import adapters
 from kvshare_sched.evidence import Witness
 from kvshare_sched.pipeline import Pipeline
-from kvshare_sched.session import Session
+from kvshare_sched.session import Session, sessions_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +40,17 @@ class DecodeRepair:
 
     def waiting(self, batch) -> dict[int, Session]:
         """Batch row -> session, for the requests of a decode batch that have something to repair."""
-        if not self.pipeline.sessions or not batch.rids or not batch.forward_mode.is_decode():
+        if not batch.forward_mode.is_decode():
             return {}
-        found = ((row, self.pipeline.sessions.get(rid)) for row, rid in enumerate(batch.rids))
-        return {row: session for row, session in found if session is not None and session.to_repair}
+        return {row: s for row, s in enumerate(sessions_of(batch)) if s is not None and s.to_repair}
 
-    def forward(self, waiting: dict[int, Session], input_ids, positions, batch, *args, **kwargs):
+    def forward(self, waiting: dict[int, Session], input_ids, positions, batch):
         """The model's forward with repair rows; a failure ends these requests' repair and leaves plain decode."""
         try:
             with torch.no_grad():
-                return self._run(waiting, input_ids, positions, batch, *args, **kwargs)
+                output = self._run(waiting, input_ids, positions, batch)
+            self.model_runner.shared_read_done_event = None  # the tables are read until here
+            return output
         except Exception:
             logger.exception("kvshare: repair failed for a batch of %d; plain decode", batch.batch_size)
             for session in waiting.values():
@@ -57,9 +58,9 @@ class DecodeRepair:
             batch.residual_stream = None
             self.model_runner.attn_backend.init_forward_metadata(batch)
             adapters.restore(self.model_runner, batch)
-            return self._ordinary(input_ids, positions, batch, *args, **kwargs)
+            return self._ordinary(input_ids, positions, batch)
 
-    def _run(self, waiting, input_ids, positions, batch, *args, **kwargs):
+    def _run(self, waiting, input_ids, positions, batch):
         started = time.perf_counter()
         self._look_ahead(waiting, input_ids, positions, batch)
         chosen = {row: s.repair.next(s.approximate_from) for row, s in waiting.items()}
@@ -68,7 +69,7 @@ class DecodeRepair:
         prepared = time.perf_counter() - started
         lagged = {int(rows[row]): s for row, s in waiting.items() if s.repair.order == "lagged"}
         with self._original_logits(input_ids, batch, rows), self._noting_attention(view, lagged):
-            output = self._ordinary(view.input_ids, view.positions, view, *args, **kwargs)
+            output = self._ordinary(view.input_ids, view.positions, view)
         for row, session in waiting.items():
             self.pipeline.repaired(session, chosen[row], prepared / len(waiting))
         return output

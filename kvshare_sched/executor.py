@@ -31,7 +31,9 @@ from kvshare_sched.decode_repair import DecodeRepair
 from kvshare_sched.evidence import Chunk, Witness, by_head
 from kvshare_sched.gpu import attention as row_attention
 from kvshare_sched.pipeline import Pipeline
+from kvshare_sched.session import sessions_of
 from kvshare_sched.strategies.base import Evidence
+from kvshare_sched.types import Reason
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,14 @@ def even_at(layer: torch.nn.Module, attention) -> float:
     """The position at which a row's attention costs as many operations as its products with the layer's weights."""
     products = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
     return products / (2 * attention.tp_q_head_num * attention.qk_head_dim)
+
+
+def _brings_more(args, kwargs) -> bool:
+    """Whether the model is given more than tokens: embeddings that stand in for some of the batch's, say.
+
+    They are rows of the whole batch, and belong to requests that we may know nothing of.
+    """
+    return any(value is not None for value in (*args, *kwargs.values()))
 
 
 class Executor:
@@ -63,8 +73,10 @@ class Executor:
 
     def forward(self, input_ids, positions, forward_batch, *args, **kwargs):
         """The model's forward; batches with reuse take the other road, failures come back to the main one."""
-        if waiting := self.repair.waiting(forward_batch):
-            return self.repair.forward(waiting, input_ids, positions, forward_batch, *args, **kwargs)
+        more = _brings_more(args, kwargs)
+        if not more and (waiting := self.repair.waiting(forward_batch)):
+            return self.repair.forward(waiting, input_ids, positions, forward_batch)
+        self._leave_out(forward_batch, more)
         chunks = self._chunks(forward_batch)
         if chunks is None:
             return self._ordinary(input_ids, positions, forward_batch, *args, **kwargs)
@@ -72,6 +84,8 @@ class Executor:
             if any(c.reused.any() for c in chunks):
                 with torch.no_grad():
                     output = self._run(input_ids, positions, forward_batch, chunks)
+                # SGLang's fence says that the tables have been read, and we read them in every layer.
+                self.model_runner.shared_read_done_event = None
                 self._settle(chunks)
                 return output
         except Exception:
@@ -87,17 +101,28 @@ class Executor:
         self._settle(chunks)
         return output
 
+    def _leave_out(self, batch: ForwardBatch, more: bool) -> None:
+        """Requests that may not reuse in this batch become ordinary. more: see `_brings_more`."""
+        for session in sessions_of(batch) if batch.forward_mode.is_extend() else ():
+            if session is None or session.plan is None or session.done_upto >= session.prompt_len:
+                continue
+            if more:
+                self.pipeline.abandon(session, Reason.MIXED_INPUT)
+            elif session.weights != self.pipeline.weights:
+                self.pipeline.abandon(session, Reason.DONOR_LOST)
+
     def _settle(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             self.pipeline.chunk_done(chunk.session, chunk.end)
 
     def _chunks(self, batch: ForwardBatch) -> list[Chunk] | None:
         """The planned requests of an extend batch; None when there is none."""
-        if not batch.forward_mode.is_extend() or not batch.rids or not self.pipeline.sessions:
+        if not batch.forward_mode.is_extend() or not (sessions := sessions_of(batch)):
             return None
         chunks, row = [], 0
-        for rid, start, length in zip(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True):
-            session = self.pipeline.sessions.get(rid)
+        for session, start, length in zip(
+            sessions, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True
+        ):
             start, end = int(start), int(start) + int(length)
             if session is not None and session.plan is not None and session.done_upto < session.prompt_len:
                 reused = session.plan.reused_mask(start, end)

@@ -14,7 +14,7 @@ from radix_ext.donors import DonorLease, DonorTree
 from radix_ext.matcher import find_segments
 from radix_ext.segment_index import SegmentIndex
 
-_MEMO_SIZE = 4096  # requests whose last lookup is remembered
+_MEMO_SIZE = 1024  # prompts whose last lookup is remembered
 _SHUT_SIZE = 16_384  # pairs of borrower and donor that are kept apart
 _MAX_REMATCH = 8  # donors found dead while planning one request, before it runs as ordinary prefill
 
@@ -34,27 +34,24 @@ class Lending:
         )
         self._min_run = config.min_run
         self._shut_for: OrderedDict[tuple[str, int], None] = OrderedDict()  # (borrower, donor) that do not go together
-        self._memo: OrderedDict[str, tuple] = OrderedDict()
+        self._memo: OrderedDict[tuple, tuple] = OrderedDict()  # who asks and what -> (generation, segments)
 
     # ---- peek ----
 
     def match(self, view: RequestView, donors: int = 1) -> tuple[Segment, ...]:
         """Segments other requests could lend, all live in the tree right now; up to `donors` donors of each text.
 
-        Memoised per request and index generation. Donors the tree has evicted meanwhile are shortened or
+        Memoised per prompt and index generation. Donors the tree has evicted meanwhile are shortened or
         dropped from the index on the way: that only corrects the index.
         """
         text = hash(view.token_ids.tobytes())
         for _ in range(_MAX_REMATCH):
-            # A request id may come back with another prompt, so the prompt is part of the key.
-            asked = (view.namespace, view.lenders)
-            key = (self.index.generation, view.exact_len, view.fresh_from, asked, text, donors)
-            remembered = self._memo.get(view.rid)
-            if remembered is not None and remembered[0] == key:
-                segments = remembered[1]
-            else:
+            key = (view.namespace, view.lenders, view.exact_len, view.fresh_from, text, donors)
+            generation, segments = self._memo.get(key, (None, ()))
+            if generation != self.index.generation:
                 segments = self._look_up(view, donors)
-                self._memo[view.rid] = (key, segments)
+                self._memo[key] = (self.index.generation, segments)
+                self._memo.move_to_end(key)
                 while len(self._memo) > _MEMO_SIZE:
                     self._memo.popitem(last=False)
             if self._all_live(segments):
@@ -125,10 +122,6 @@ class Lending:
         while len(self._shut_for) > _SHUT_SIZE:
             self._shut_for.popitem(last=False)
         self._memo.clear()
-
-    def forget(self, rid: str) -> None:
-        """The request has ended: its last lookup is of no use any more."""
-        self._memo.pop(rid, None)
 
     def flush(self) -> None:
         """The tree was emptied."""

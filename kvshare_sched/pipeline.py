@@ -51,8 +51,8 @@ class Pipeline:
             lent=lambda donor, tenant: self.index.donors[donor].owner != tenant,
             prefill_s=costs.prefill_s,
         )
-        self.sessions: dict[str, Session] = {}
-        self._donor_of: dict[str, int] = {}  # running request -> the donor it grows
+        self.weights = 0  # counts how often the model's weights were replaced
+        self._mixed = False  # the tree may hold KV of earlier weights
 
     # ---- at admission only ----
 
@@ -66,7 +66,7 @@ class Pipeline:
         started = time.perf_counter()
         # A retracted request comes back with output tokens behind its prompt, and those may be cached too.
         exact_len = min(exact_len, prompt_len)
-        session = Session(rid, prompt_len, exact_len, self.config, None, Reason.NONE, stamp=stamp)
+        session = Session(rid, prompt_len, exact_len, self.config, None, Reason.NONE, stamp=stamp, weights=self.weights)
         session.asks_until = prompt_len
         try:
             session.reason = view if isinstance(view, Reason) else self._take_part(session, view)
@@ -142,7 +142,6 @@ class Pipeline:
     def begin(self, session: Session) -> None:
         """The request was admitted: from now on `release` must be called once."""
         session.started_s = time.perf_counter()
-        self.sessions[session.rid] = session
         self.lending.used(session.leases)
         if session.bill is not None:
             exact = session.plan is None  # whatever the reason
@@ -195,13 +194,13 @@ class Pipeline:
         if self.metrics is not None:
             self.metrics.repaired(len(positions), seconds)
 
-    def abandon(self, session: Session) -> None:
-        """The executor failed: the rest of this request runs as ordinary prefill; earlier chunks stand."""
+    def abandon(self, session: Session, reason: Reason = Reason.ERROR) -> None:
+        """The rest of this request runs as ordinary prefill; earlier chunks stand."""
         self.lending.release(session.leases)
-        session.reason, session.repair = Reason.ERROR, None
+        session.reason, session.repair = reason, None
         kept = tuple(session.plan.clip(0, session.done_upto)) if session.plan is not None else ()
         session.plan = replace(session.plan, segments=kept) if kept else None
-        self.auditor.abandoned(session.rid)
+        self.auditor.drop(session, "abandoned")
         if session.plan is None:
             session.outcome = Outcome.ORDINARY
             self._report(session)
@@ -213,9 +212,10 @@ class Pipeline:
         session.reported = True
         try:
             report = session.report(self.costs)
-            if session.on_report is not None:
-                session.on_report(self._for_client(session, report))
-            if self.metrics is not None and session.of_client and not self.auditor.owns(session.rid):
+            if (tell := session.on_report) is not None:
+                session.on_report = None  # it holds the request, which holds the session
+                tell(self._for_client(session, report))
+            if self.metrics is not None and session.of_client:
                 self.metrics.record(report, session.tenant)
             if session.sources and session.plan is not None:
                 ran = tuple(session.plan.clip(0, session.done_upto))  # an aborted request has used nothing of the rest
@@ -230,63 +230,80 @@ class Pipeline:
             return true
         return told(true, session.told, session.strategy, session.config, self.costs)
 
-    def release(self, rid: str, said: Callable[[], np.ndarray | None] = lambda: None) -> None:
-        """The request's KV row was given back (finished, aborted or retracted).
+    def release(
+        self, session: Session, said: Callable[[], np.ndarray | None] = lambda: None, finished: bool = True
+    ) -> None:
+        """The request's KV row was given back: finished or aborted, or retracted when not `finished`.
 
         said(): its prompt and the first `renewal.ANSWER` tokens of its answer, int64; None when there is no answer.
         """
-        self._donor_of.pop(rid, None)
-        self.lending.forget(rid)
-        session = self.sessions.pop(rid, None)
-        if session is not None:
-            if session.plan is not None and (text := said()) is not None:
-                self.ledger.said(session.namespace, text)
-            self.lending.release(session.leases)
-            self._report(session)
-            self._gauges()
+        if session.ended:
+            return
+        session.ended = True
+        if session.plan is not None and (text := said()) is not None:
+            self.ledger.said(session.namespace, text)
+        self.lending.release(session.leases)
+        self._report(session)
+        self.auditor.released(session, finished)
+        self._gauges()
 
     # ---- what becomes a donor ----
 
-    def exact_up_to(self, rid: str) -> int:
-        """How many leading tokens of a running request have exact KV; only these may enter the exact tree."""
-        session = self.sessions.get(rid)
-        if session is None or session.approximate_from is None:
-            return 1 << 62
-        return session.approximate_from
+    def exact_up_to(self, session: Session, entered: int) -> int:
+        """How many leading tokens of a running request may be in the exact tree; `entered` of them are."""
+        if session.weights != self.weights:  # some of its KV is of other weights
+            return entered
+        return 1 << 62 if session.approximate_from is None else session.approximate_from
 
-    def publish(self, rid: str, namespace: Namespace, tokens: np.ndarray) -> None:
+    def publish(self, session: Session, namespace: Namespace, tokens: np.ndarray) -> None:
         """What the tree now holds of a request becomes a donor, or lets it grow. Never raises.
 
         tokens int [n]: the request's leading tokens whose exact KV is in the tree.
         """
-        if self.config.mode == "off" or len(tokens) < self.config.min_run or self.auditor.partial(rid):
+        if self.config.mode == "off" or len(tokens) < self.config.min_run or session.partial:
             return
+        if session.weights != self.weights or (self._mixed and session.exact_len):
+            return  # not computed by the weights in force, or nobody knows by which
         started = time.perf_counter()
         try:
-            donor_id = self.index.add(namespace, tokens, self._donor_of.get(rid))
-            self._tenant_published(rid, namespace, donor_id)
+            donor_id = self.index.add(namespace, tokens, session.donor_id)
+            self._tenant_published(session, namespace, donor_id)
         except Exception:
-            logger.exception("kvshare: could not index request %s as a donor", rid)
+            logger.exception("kvshare: could not index request %s as a donor", session.rid)
             return
         if donor_id is not None:
-            self._donor_of[rid] = donor_id
-            self.index.donors[donor_id].rid = rid
+            session.donor_id = donor_id
+            self.index.donors[donor_id].rid = session.rid
         if self.metrics is not None:
             self.metrics.indexed(time.perf_counter() - started)
         self._gauges()
 
-    def _tenant_published(self, rid: str, namespace: Namespace, donor_id: int | None) -> None:
-        owner, session = owner_of(namespace.extra_key), self.sessions.get(rid)
-        if session is not None and session.own:
+    def _tenant_published(self, session: Session, namespace: Namespace, donor_id: int | None) -> None:
+        owner = owner_of(namespace.extra_key)
+        if session.own:
             self.desk.document(owner, session.stamp.document, donor_id)
         self.desk.published(owner, self.index, self.tree)
 
     def flush(self) -> None:
         """The tree was emptied."""
+        self._mixed = False
+        self._forget("flushed")
+
+    def weights_change(self) -> None:
+        """The model's weights are about to be replaced: nothing that the old ones computed may be lent or compared.
+
+        SGLang may keep its tree. Then only what a request computes wholly by itself becomes a donor, until a flush.
+        """
+        self.weights += 1
+        self._mixed = True
+        self.desk.let_go(self.tree)
+        self._forget("weights")
+
+    def _forget(self, reason: str) -> None:
         self.lending.flush()
         self.ledger.clear()
         self.desk.flushed()
-        self._donor_of.clear()
+        self.auditor.forget(reason)
 
     def _gauges(self) -> None:
         if self.metrics is not None:

@@ -7,6 +7,7 @@ nobody is refused in that pass; what tenants have been charged is kept.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from array import array
@@ -24,11 +25,14 @@ from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.in_use import SAMPLE, places
 from kvshare_sched.scheduling.order import Waiting
 from kvshare_sched.scheduling.queue import Order, Queue, room_beside
+from kvshare_sched.session import session_of
 from kvshare_sched.sglang_adapter import REPORT_KEY, namespace_of, stamp_of, takes_part
 
 logger = logging.getLogger(__name__)
 _AUDITS = "(audits)"  # their work is no tenant's
 _LOG_EVERY = 1000  # failures
+_NAME = "kvshare_name"
+_names = itertools.count()
 
 
 @dataclass(slots=True)
@@ -94,7 +98,7 @@ class ServerQueue:
         """Whether it is a request's turn in this pass."""
         self._no_room = False
         try:
-            return not self._in_force or self.queue.may_start(req.rid)
+            return not self._in_force or self.queue.may_start(_name(req))
         except Exception:
             self._failed("admission")
             return True
@@ -111,7 +115,7 @@ class ServerQueue:
     def admitted(self, req, adder) -> None:
         """SGLang has taken a request off the list; its first piece runs."""
         try:
-            if req.rid in self._waiting:
+            if _name(req) in self._waiting:
                 self._start(req)
             if adder.new_chunked_req is req:
                 self._long = req
@@ -122,8 +126,8 @@ class ServerQueue:
         """Another piece of a long prompt runs."""
         try:
             self._long = req if unfinished else None
-            if req.rid in self.queue.running:
-                self.queue.charge(req.rid, self._work(req))
+            if _name(req) in self.queue.running:
+                self.queue.charge(_name(req), self._work(req))
         except Exception:
             self._failed("charging a chunk")
 
@@ -144,15 +148,15 @@ class ServerQueue:
         try:
             if self._long is req:
                 self._long = None
-            run = self._running.get(req.rid)
+            run = self._running.get(_name(req))
             if run is None or run.req is not req:
                 return
             self._generated(run)
-            del self._running[req.rid]
+            del self._running[_name(req)]
             if req.finished():
-                self.queue.finish(req.rid)
+                self.queue.finish(_name(req))
             else:
-                self._returning[req.rid] = self.queue.retract(req.rid)
+                self._returning[_name(req)] = self.queue.retract(_name(req))
         except Exception:
             self._failed("a release")
 
@@ -176,8 +180,6 @@ class ServerQueue:
         """Returns the order when the list was sorted anew, None when nothing has happened."""
         for run in list(self._running.values()):
             self._generated(run)
-            if run.req.finished():  # a turn of a session gives nothing back when it ends
-                self.released(run.req)
         # The same objects compare at once. One that ran and is back may make the list look as we left it.
         if self._returning or len(self._waiting) != len(waiting) or waiting != self._listed:
             self._mirror(waiting, policy)
@@ -216,58 +218,58 @@ class ServerQueue:
             # A request left and is back, or somebody else has sorted: compare with what we know.
             listed = {id(req) for req in waiting}
             gone = [req for req in self._waiting.values() if id(req) not in listed]
-            come = [req for req in waiting if self._waiting.get(req.rid) is not req]
+            come = [req for req in waiting if self._waiting.get(_name(req)) is not req]
         self._forget(gone)
         sign = policy.priority_sign if policy.enable_priority_scheduling else 0
         now_s = time.perf_counter()
         for req in come:
             self._arrive(req, float(sign * req.priority) if sign else 0.0)
-            self._waiting[req.rid] = req
-            self._came_s[req.rid] = now_s
+            self._waiting[_name(req)] = req
+            self._came_s[_name(req)] = now_s
         self._returning.clear()
         if len(self._waiting) != len(waiting):
             raise ValueError(f"{len(waiting)} requests wait, {len(self._waiting)} are known")
 
     def _forget(self, gone: list) -> None:
         for req in gone:
-            if self._waiting.get(req.rid) is req:  # else it runs
-                del self._waiting[req.rid], self._came_s[req.rid]
-                self._peek.remove(req.rid)
-                self.queue.remove(req.rid)
+            if self._waiting.get(_name(req)) is req:  # else it runs
+                del self._waiting[_name(req)], self._came_s[_name(req)]
+                self._peek.remove(_name(req))
+                self.queue.remove(_name(req))
 
     def _arrive(self, req, tier: float) -> None:
         namespace = namespace_of(req)
         tokens = req.origin_input_ids + req.output_ids if req.output_ids else req.origin_input_ids
-        tenant = _AUDITS if self._pipeline.auditor.owns(req.rid) else tenant_of(namespace)
+        tenant = _AUDITS if self._pipeline.auditor.owns(req) else tenant_of(namespace)
         if (stamp := stamp_of(req, self._config)) is not None:
             self._accounts.weigh(tenant, stamp.weight)
-        back = self._returning.get(req.rid)
+        back = self._returning.get(_name(req))
         self._arrivals += 1
         arrival, since = (back.arrival, back.since) if back else (self._arrivals, self.queue.clock)
         size = len(tokens)
-        self.queue.add(Waiting(req.rid, tenant, arrival, size, size, since=since, tier=tier), item=req)
+        self.queue.add(Waiting(_name(req), tenant, arrival, size, size, since=since, tier=tier), item=req)
         if stamp is not None and stamp.hide_reuse is not None:
             return  # it keeps its full price
         kind = takes_part(req)
         opted_out = (req.sampling_params.custom_params or {}).get(REPORT_KEY) == "off"
         reusable = kind and not req.output_ids and not opted_out
-        self._peek.add(Prompt(req.rid, namespace, size, _key(req, tokens), reusable, lends=kind))
+        self._peek.add(Prompt(_name(req), namespace, size, _key(req, tokens), reusable, lends=kind))
 
     def _start(self, req) -> None:
-        del self._waiting[req.rid], self._came_s[req.rid]
+        del self._waiting[_name(req)], self._came_s[_name(req)]
         if not self._waiting:
             self._tell("emptied")  # SGLang asks for no order while nobody waits
-        prompt = self._peek.remove(req.rid)
-        session = self._pipeline.sessions.get(req.rid)
+        prompt = self._peek.remove(_name(req))
+        session = session_of(req)
         plan = session.plan if session is not None else None
         until = plan.approximate_from if plan is not None else len(req.full_untruncated_fill_ids)
-        run = self._running[req.rid] = _Running(req, len(req.output_ids), session, prompt, until)
+        run = self._running[_name(req)] = _Running(req, len(req.output_ids), session, prompt, until)
         hidden = req.prefix_len if session is not None and session.hidden else 0  # it pays for what it found, too
-        self.queue.start(req.rid, hidden + self._work(req), hits=self._hits(req, session))
-        started = self.queue.running[req.rid]
+        self.queue.start(_name(req), hidden + self._work(req), hits=self._hits(req, session))
+        started = self.queue.running[_name(req)]
         self._record(lambda metrics: metrics.started(started.account, started.waited))
         if prompt is not None:
-            self._computing(req.rid, run)
+            self._computing(_name(req), run)
 
     def _hits(self, req, session) -> list[tuple[Hashable, float]]:
         """The cached text of a prompt that starts, see `scheduling.in_use`; hidden reuse keeps nothing for anybody.
@@ -297,7 +299,7 @@ class ServerQueue:
         return self._work_between(req, req.prefix_len, req.extend_end)
 
     def _work_between(self, req, start: int, end: int) -> float:
-        session = self._pipeline.sessions.get(req.rid)
+        session = session_of(req)
         if session is None or session.plan is None or session.hidden:
             return end - start
         copied = sum(place.length for s in session.plan.clip(start, end) for place in s.places)
@@ -315,11 +317,11 @@ class ServerQueue:
 
     def _generated(self, run: _Running) -> None:
         if new := len(run.req.output_ids) - run.charged:
-            self.queue.generated(run.req.rid, new)
+            self.queue.generated(_name(run.req), new)
             run.charged += new
         session = run.session
         if session is not None and not session.hidden and (new := session.repaired - run.repaired):
-            self.queue.charge(run.req.rid, new)
+            self.queue.charge(_name(run.req), new)
             run.repaired += new
 
     def _tell(self, result: str, seconds: float = 0.0, order: Order | None = None) -> None:
@@ -353,6 +355,17 @@ class ServerQueue:
             logger.exception("kvshare: ordering failed (%s, %d before); ordinary order", what, self.failures)
         self.failures += 1
         self._tell("failed")
+
+
+def _name(req) -> str:
+    """By which the queue knows a request of SGLang's, for as long as the object lives.
+
+    Never its id: that is the client's, and two requests may carry the same one at the same time.
+    """
+    if (name := getattr(req, _NAME, None)) is None:
+        name = str(next(_names))
+        setattr(req, _NAME, name)
+    return name
 
 
 def _difference(old: list, new: list) -> tuple[list, list]:

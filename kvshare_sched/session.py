@@ -1,10 +1,15 @@
-"""The record of one admitted request: its plan, what has run of it, and what follows from both."""
+"""The record of one admitted request: its plan, what has run of it, and what follows from both.
+
+It hangs on SGLang's request object, and everybody finds it there. Request ids are the client's: two requests may carry
+the same one at the same time, also one that we use ourselves.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvshare_sched.audit import Capture
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.planner import CostModel, expected_cells, rows_per_layer
 from kvshare_sched.renewal import Bill
@@ -16,6 +21,31 @@ from kvshare_sched.tenants.log import Source
 from kvshare_sched.tenants.policy import Stamp
 from kvshare_sched.types import Namespace, Outcome, Reason, ReusePlan, ShareReport
 from radix_ext.donors import DonorLease
+
+_ATTRIBUTE = "kvshare_session"
+
+
+def session_of(req) -> Session | None:
+    """The session of a request that was admitted; None before."""
+    return getattr(req, _ATTRIBUTE, None)
+
+
+def attach(req, session: Session) -> None:
+    """The request is admitted with this session; one of before a retraction is forgotten."""
+    setattr(req, _ATTRIBUTE, session)
+
+
+class Rids(list):
+    """The ids of a ForwardBatch's requests, with the requests: what SGLang passes on when it copies a batch."""
+
+    def __init__(self, requests):
+        super().__init__(req.rid for req in requests)
+        self.requests = tuple(requests)
+
+
+def sessions_of(batch) -> list[Session | None]:
+    """The sessions of a ForwardBatch's requests, in its order; empty for a batch that no scheduler has made."""
+    return [session_of(req) for req in batch.rids.requests] if isinstance(batch.rids, Rids) else []
 
 
 @dataclass(slots=True)
@@ -35,6 +65,9 @@ class Session:
     sources: dict[int, Source] = field(default_factory=dict)  # whom it borrows from, for the record
     tenant: str = ""  # as metrics name it; known of requests that cannot take part too
     probe: bool = False  # SGLang's own health check
+    audit: bool = False  # a piece of an audit's reference
+    partial: bool = False  # such a piece with more to come: the donor is whatever the last one ends with
+    weights: int = 0  # which weights computed it, see `Pipeline.weights`
     wished: bool = False  # the request brought its own preset, strategy or ratio
     match_s: float = 0.0
     started_s: float = 0.0  # when it was admitted, by `time.perf_counter`; decides nothing
@@ -51,6 +84,9 @@ class Session:
     discovered: int = 0
     approximate_from: int | None = None  # first position with approximate KV; set when copies are made
     repair: RepairQueue | None = None  # what may be repaired while decoding; None: nothing
+    donor_id: int | None = None  # the donor that it grows
+    capture: Capture | None = None  # what an audit will compare, while it is chosen for one
+    ended: bool = False  # its KV row was given back
     reported: bool = False
     on_report: Callable[[ShareReport], None] | None = None  # hands the report to the client's answer
 
@@ -61,8 +97,8 @@ class Session:
 
     @property
     def of_client(self) -> bool:
-        """Whether metrics and pages speak of it, audits apart."""
-        return not (self.own or self.probe)
+        """Whether metrics and pages speak of it."""
+        return not (self.own or self.probe or self.audit)
 
     @property
     def hidden(self) -> bool:

@@ -13,6 +13,7 @@ from kvshare_sched import explain, tracing
 from kvshare_sched.audit import tenant_of
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.renewal import ANSWER
+from kvshare_sched.session import Rids, attach, session_of
 from kvshare_sched.tenants.desk import lenders_of
 from kvshare_sched.tenants.hold import HOLD_KEY
 from kvshare_sched.tenants.policy import Stamp, read
@@ -58,6 +59,13 @@ def takes_part(req) -> bool:
         or req.skip_radix_cache_insert
         or req.beam_group is not None  # its output ids hold places, not what was answered
     )
+
+
+def init_forward_batch(original, cls, batch, *args, **kwargs):
+    """Around `ForwardBatch.init_new`: a batch knows its requests; SGLang's knows their ids alone."""
+    made = original(cls, batch, *args, **kwargs)
+    made.rids = Rids(batch.reqs)
+    return made
 
 
 def is_probe(req) -> bool:
@@ -109,7 +117,7 @@ def _view_of(req, stamp: Stamp | None) -> RequestView | Reason:
 
 
 def attach_report(req, session, report, pipeline) -> None:
-    """Let the answer carry the report: one object, sent with the request's first output.
+    """Let the answer carry the report: one object, sent once with the request's first output, or its end.
 
     Taken off before the client sees it: details, for our own pages; of a hidden request there is only when to answer.
     """
@@ -155,7 +163,8 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     stamp = stamp_of(req, pipeline.config)
     session = pipeline.admit(view_of(req, stamp), req.rid, len(req.origin_input_ids), req.prefix_len, stamp)
     session.tenant = tenant_of(namespace_of(req))
-    session.probe = is_probe(req)
+    session.probe, session.audit = is_probe(req), pipeline.auditor.owns(req)
+    session.partial = session.audit and pipeline.auditor.partial
     if has_chunked_req and not _fits_whole(pipeline, session, adder, req):
         pipeline.withdraw(session)
         return _other()
@@ -178,6 +187,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
         if not admitted:
             return result
     session.on_report = functools.partial(_tell, req, session, pipeline)
+    attach(req, session)
     pipeline.begin(session)
     return result
 
@@ -185,7 +195,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
 def add_chunked_req(original, adder, req, *args, **kwargs):
     """Around `PrefillAdder.add_chunked_req`: the same charge for the later chunks of a long prompt."""
     pipeline = getattr(adder.tree_cache, "pipeline", None)
-    session = pipeline.sessions.get(req.rid) if pipeline is not None else None
+    session = session_of(req) if pipeline is not None else None
     if session is None or session.plan is None:
         return original(adder, req, *args, **kwargs)
     budget = adder.rem_chunk_tokens
@@ -239,9 +249,42 @@ def _raise_budget(adder, tokens: int) -> None:
         adder.chunked_req_limit += tokens
 
 
+def change_weights(original, manager, recv_req):
+    """Around all that replaces a running engine's weights: what the old ones computed is lent no more.
+
+    Before, because SGLang flushes its tree behind the change, if it is asked to and can.
+    """
+    pipeline = getattr(manager.scheduler.tree_cache, "pipeline", None)
+    if pipeline is not None:
+        pipeline.weights_change()
+    return original(manager, recv_req)
+
+
+def request_level_key(original, streamer, key):
+    """Around `SchedulerOutputStreamer.is_request_level_customized_info_key`: a report goes with the request, not with
+    its first output token, of which a request for none has none."""
+    return key == REPORT_KEY or original(streamer, key)
+
+
+_WEIGHTS = (
+    "update_weights_from_disk",
+    "update_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+    "begin_weight_update",
+    "end_weight_update",
+)
+
+
 def scheduler_hooks() -> dict[str, object]:
     """Seam -> hook body, all of kind AROUND."""
+    parts = "sglang.srt.managers.scheduler_components"
+    updater = f"{parts}.weight_updater.SchedulerWeightUpdaterManager"
+    streamer = f"{parts}.output_streamer.SchedulerOutputStreamer"
     return {
+        **{f"{updater}.{name}": change_weights for name in _WEIGHTS},
+        f"{streamer}.is_request_level_customized_info_key": request_level_key,
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req": add_one_req,
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req": add_chunked_req,
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": init_forward_batch,
     }

@@ -243,6 +243,7 @@ class Reason(StrEnum):
     NO_MEMORY = "no_memory"  # with its donors pinned the request does not fit
     RENEWED = "renewed"  # computed exactly because it has been computed again and again behind borrowed text
     DONOR_LOST = "donor_lost"  # the donors left the tree between matching and leasing
+    MIXED_INPUT = "mixed_input"  # another request of its batch brought embeddings for its tokens
     ERROR = "error"  # anything unexpected in our code
 
 

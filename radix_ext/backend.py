@@ -9,6 +9,7 @@ from __future__ import annotations
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from kvshare_sched.session import session_of
 from kvshare_sched.sglang_adapter import namespace_of, said_of, tokens_of
 from kvshare_sched.wiring import wire
 
@@ -20,16 +21,27 @@ class KVShareRadixCache(UnifiedRadixCache):
     queue = None
 
     def checkpoint(self, req, *, up_to: int, **kwargs) -> None:
-        if self.pipeline is not None:
-            up_to = min(up_to, self.pipeline.exact_up_to(req.rid))
+        session = session_of(req)
+        if session is not None:
+            up_to = min(up_to, self.pipeline.exact_up_to(session, req.kv.cache_protected_len))
         super().checkpoint(req, up_to=up_to, **kwargs)
-        if self.pipeline is not None:
-            self.pipeline.publish(req.rid, namespace_of(req), tokens_of(req)[: req.kv.cache_protected_len])
+        if session is not None:
+            self.pipeline.publish(session, namespace_of(req), tokens_of(req)[: req.kv.cache_protected_len])
 
     def on_release(self, req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
-        if self.pipeline is not None:
-            self.pipeline.release(req.rid, lambda: said_of(req))
+        self._released(req)
+
+    def claim_kv_row(self, req) -> bool:
+        """A turn of a streaming session ends and leaves its KV to the next one: `on_release` never comes."""
+        claimed = super().claim_kv_row(req)
+        if claimed:
+            self._released(req)
+        return claimed
+
+    def _released(self, req) -> None:
+        if (session := session_of(req)) is not None:
+            self.pipeline.release(session, lambda: said_of(req), req.finished())
         if self.queue is not None:
             self.queue.released(req)
 

@@ -8,11 +8,11 @@ apart from the prices of the tiny model, which would say that reuse is not worth
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import threading
 from array import array
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +55,7 @@ class Bench:
         self.queue = self.cache.queue
         self.runner = scheduler.tp_worker.model_runner
         self.loop = loop
-        self.tickets: dict[str, deque[Ticket]] = {}  # in the order sent; ids may come twice
+        self.tickets: list[Ticket] = []  # in the order sent
         self.answers: list = []  # to control requests
         self.passes = 0
         self._inbox: list = []
@@ -72,6 +72,7 @@ class Bench:
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         rid = f"r{next(self._numbers)}" if rid is None else rid
+        sent = {"tokens": tokens, "custom": custom} | fields
         sampling = SamplingParams(
             max_new_tokens=tokens, temperature=0.0, custom_params=custom, ignore_eos=fields.pop("ignore_eos", True)
         )
@@ -87,11 +88,12 @@ class Bench:
             "token_ids_logprob": None,
             "stream": True,
         } | fields
-        ticket = Ticket(rid, list(prompt), sent={"tokens": tokens, "custom": custom} | fields)
-        self.tickets.setdefault(rid, deque()).append(ticket)
-        self._inbox.append(
-            TokenizedGenerateReqInput(rid=rid, input_ids=array("q", prompt), sampling_params=sampling, **asked)
-        )
+        ticket = Ticket(rid, list(prompt), sent=sent)
+        # Two requests may carry one id. SGLang sends this address, of one of several HTTP processes, back with each.
+        request = TokenizedGenerateReqInput(rid=rid, input_ids=array("q", prompt), sampling_params=sampling, **asked)
+        request.http_worker_ipc = str(len(self.tickets))
+        self.tickets.append(ticket)
+        self._inbox.append(request)
         return ticket
 
     def abort(self, rid: str) -> None:
@@ -116,7 +118,7 @@ class Bench:
                 raise Died(f"{type(self._error).__name__}: {self._error}") from self._error
 
     def run(self, limit: int = 2000) -> None:
-        """Pass after pass until everything sent is answered and nothing waits, audits included."""
+        """Pass after pass until everything sent is answered and nothing runs, audits included."""
         for _ in range(limit):
             self.step()
             if self.idle:
@@ -127,17 +129,18 @@ class Bench:
 
     @property
     def idle(self) -> bool:
-        auditor = self.pipeline.auditor
-        return not self._inbox and self.scheduler.is_fully_idle() and not auditor.running and not auditor.queue
+        auditor = self.pipeline.auditor  # which may keep audits for when clients have paid for them
+        return not self._inbox and not auditor.held_back and self.scheduler.is_fully_idle() and not auditor.running
 
     def describe(self) -> str:
         s = self.scheduler
         running = [req.rid for req in s.running_batch.reqs]
-        return f"waiting {[r.rid for r in s.waiting_queue]} running {running} chunked {s.chunked_req and s.chunked_req.rid}"
+        cut = s.chunked_req and s.chunked_req.rid
+        return f"waiting {[req.rid for req in s.waiting_queue]}, running {running}, cut {cut}"
 
     @property
     def open_tickets(self) -> list[Ticket]:
-        return [t for many in self.tickets.values() for t in many if t.finished is None]
+        return [ticket for ticket in self.tickets if ticket.finished is None]
 
     # ---- the loop's side ----
 
@@ -148,26 +151,22 @@ class Bench:
         found, self._inbox = self._inbox, []
         return [*(local_reqs or ()), *found]
 
-    def output(self, payload, *_) -> None:
+    def output(self, payload, recv_obj=None) -> None:
         """In place of the socket to the HTTP process."""
         from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput
 
         if isinstance(payload, BatchTokenIDOutput):
             self._answers(payload)
         elif isinstance(payload, AbortReq):
-            self._first(payload.rid).finished = payload.finished_reason or {"type": "abort"}
+            self.tickets[int(recv_obj.http_worker_ipc)].finished = payload.finished_reason or {"type": "abort"}
         else:
             self.answers.append(payload)
-
-    def _first(self, rid: str) -> Ticket:
-        many = self.tickets[rid]
-        return next((t for t in many if t.finished is None), many[-1])
 
     def _answers(self, payload) -> None:
         custom = payload.customized_info
         custom = custom.unwrap() if hasattr(custom, "unwrap") else custom
-        for at, rid in enumerate(payload.rids):
-            ticket = self._first(rid)
+        for at, address in enumerate(payload.http_worker_ipcs):
+            ticket = self.tickets[int(address)]
             ticket.output += list(payload.output_ids[at])
             reports = ((custom or {}).get("kvshare") or [None] * len(payload.rids))[at]
             for report in reports if isinstance(reports, list) else [reports]:
@@ -241,6 +240,7 @@ def running(
             for sender in (scheduler.ipc_channels.send_to_detokenizer, scheduler.ipc_channels.send_to_tokenizer):
                 sender.send_output = bench.output
             bench._start()
+            gc.freeze()  # SGLang collects at every flush, which takes half a second with torch loaded
             try:
                 yield bench
             finally:

@@ -78,7 +78,10 @@ def _weights(flat: bool, seed: int) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Truth:
-    """One sequence computed from nothing: k and v float64 [layers, tokens, groups, dim], logits [tokens, vocabulary]."""
+    """One sequence computed from nothing.
+
+    k, v float64 [layers, tokens, groups, dim]; logits float64 [tokens, vocabulary].
+    """
 
     k: np.ndarray
     v: np.ndarray
@@ -132,11 +135,11 @@ class Reference:
             q, k = turned(q), turned(k)
             keys.append(k)
             values.append(v)
-            k, v = (np.repeat(x, HEADS // GROUPS, axis=1) for x in (k, v))
-            scores = np.einsum("qhd,khd->hqk", q, k) * DIM**-0.5 + future
+            k, v = (np.repeat(x, HEADS // GROUPS, axis=1).transpose(1, 0, 2) for x in (k, v))  # [heads, n, dim]
+            scores = q.transpose(1, 0, 2) @ k.transpose(0, 2, 1) * DIM**-0.5 + future
             weight = np.exp(scores - scores.max(axis=-1, keepdims=True))
             weight /= weight.sum(axis=-1, keepdims=True)
-            seen = np.einsum("hqk,khd->qhd", weight, v).reshape(n, HEADS * DIM)
+            seen = (weight @ v).transpose(1, 0, 2).reshape(n, HEADS * DIM)
             hidden = hidden + seen @ w[f"{at}self_attn.o_proj.weight"].T
             x = normed(hidden, at + "post_attention_layernorm.weight")
             gate = x @ w[f"{at}mlp.gate_proj.weight"].T

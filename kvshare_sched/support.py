@@ -34,6 +34,7 @@ _SETTINGS = {
     "disaggregation_mode": ("null", "prefill and decode run on different servers"),
     "enable_page_major_kv_layout": (False, "KV is not laid out slot by slot"),
     "enable_two_batch_overlap": (False, "batches are split in two inside the model"),
+    "model_impl": (("auto", "sglang"), "SGLang's own model classes are known, others are not"),
     "enable_return_hidden_states": (False, "hidden states of reused rows do not exist"),
     "enable_pdmux": (False, "prefill and decode share the device in two streams"),
     "dllm_algorithm": (None, "diffusion models compute rows more than once"),
@@ -47,6 +48,28 @@ _TENANT_SETTINGS = {
     "enable_response_store": (False, "stored answers are handed to whoever names them"),
     "enable_custom_logit_processor": (False, "the body would carry code that runs in the engine, beside all tenants"),
     "enable_session_radix_cache": (False, "a session can be continued by whoever names it"),
+}
+# SGLang's model classes; tests/engine/test_families.py compares reuse in each with full computation. A class that is
+# not here may leave keys unturned, attend in chunks, or compute something else when it is split by layers.
+MODELS = (
+    "ApertusForCausalLM",
+    "Glm4ForCausalLM",
+    "IQuestCoderForCausalLM",
+    "InternLM3ForCausalLM",
+    "LlamaForCausalLM",
+    "Ministral3ForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+# Fields of a text model's configuration -> what a class does that heeds them.
+_MODEL_FIELDS = {
+    "attention_chunk_size": "attends in chunks",
+    "dual_chunk_attention_config": "turns keys by their place in a chunk",
+    "sliding_window_pattern": "slides a window over some layers and leaves the others without rotary embedding",
 }
 _GPU_BACKENDS = ("flashinfer", "fa3", "triton")  # of ordinary rows
 _KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "float32")
@@ -164,42 +187,85 @@ def refusals(server_args) -> list[str]:
 def _model_refusals(model) -> list[str]:
     from sglang.srt.configs.model_config import AttentionArch
 
-    names = ", ".join(model.hf_config.architectures or ["?"])
-    found = []
+    names = model.hf_config.architectures or ["without a name"]
+    found = [] if names[0] in MODELS else [_class_refusal(names[0])]
+    name = ", ".join(names)
     if not model.is_generation:
-        found.append(f"model {names} is not a generation model: there is no KV to reuse.")
+        found.append(f"model {name} is not a generation model: there is no KV to reuse.")
     if model.attention_arch != AttentionArch.MHA:
-        found.append(f"model {names} uses {model.attention_arch.name} attention; accepted: plain MHA/GQA.")
+        found.append(f"model {name} uses {model.attention_arch.name} attention; accepted: plain MHA/GQA.")
     text = model.hf_text_config
     windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     if model.is_hybrid_swa or windowed:
-        found.append(f"model {names} uses sliding-window attention; accepted: full attention in every layer.")
+        found.append(f"model {name} uses sliding-window attention; accepted: full attention in every layer.")
+    for setting, why in _MODEL_FIELDS.items():
+        if value := getattr(text, setting, None):
+            found.append(f"model {name} {why} ({setting}={value!r}); accepted: full attention in every layer.")
+    if others := set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
+        found.append(
+            f"model {name} has layers of {', '.join(sorted(others))}; accepted: full_attention in all of them."
+        )
     if model.is_multimodal:
-        found.append(f"model {names} is multimodal; accepted: text models.")
+        found.append(f"model {name} is multimodal; accepted: text models.")
     if model.is_encoder_decoder:
-        found.append(f"model {names} is an encoder-decoder; accepted: decoders.")
+        found.append(f"model {name} is an encoder-decoder; accepted: decoders.")
     return found
+
+
+def _class_refusal(name: str) -> str:
+    return (
+        f"model class {name} is not supported: reuse was not compared with full computation in it. Accepted: "
+        f"{', '.join(MODELS)}. Serve one of these, or drop --radix-cache-backend kvshare."
+    )
 
 
 def refuse(server_args, model_runner) -> None:
     """Raise UnsupportedError unless this loaded engine can be served."""
     found = refusals(server_args)
     model = model_runner.model
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not hasattr(model, "forward_split_prefill") or layers is None:
+    name, module = type(model).__name__, type(model).__module__
+    if name not in MODELS:
+        found.append(_class_refusal(name))
+    elif not module.startswith("sglang.srt.models."):
         found.append(
-            f"model class {type(model).__name__} has no forward_split_prefill; accepted: models SGLang can split "
-            "by layers, such as Llama, Qwen2 and Qwen3."
+            f"model class {name} comes from {module}; accepted: SGLang's own. Unset SGLANG_EXTERNAL_MODEL_PACKAGE."
         )
-    elif not hasattr(layers[0], "attn_boundary"):
-        found.append(f"model class {type(model).__name__} keeps its residual stream in a way that is not known.")
+    found += _attention_refusals(model)
     pool = model_runner.token_to_kv_pool
     if type(pool).__name__ != "MHATokenToKVPool":
         found.append(f"KV pool {type(pool).__name__} is not supported; accepted: MHATokenToKVPool.")
     if model_runner.device == "cuda":
         found += _gpu_refusals(model, pool, model_runner.prefill_attention_backend_str)
     if found:
-        raise UnsupportedError("kvshare cannot serve this configuration:\n  - " + "\n  - ".join(found))
+        raise UnsupportedError("kvshare cannot serve this configuration:\n  - " + "\n  - ".join(dict.fromkeys(found)))
+
+
+def _attention_refusals(model) -> list[str]:
+    """A line for every kind of attention that is not causal attention over all that stands before a row."""
+    from sglang.srt.layers.radix_attention import AttentionType
+
+    kinds = {
+        "attend in chunks (use_irope)": lambda layer: layer.use_irope,
+        "slide a window": lambda layer: layer.sliding_window_size > 0,
+        "are not causal self-attention": lambda layer: (
+            layer.is_cross_attention or layer.attn_type != AttentionType.DECODER
+        ),
+    }
+    layers = _attention_layers(model)
+    found = ((kind, [name for name, layer in layers.items() if is_so(layer)]) for kind, is_so in kinds.items())
+    return [
+        f"layers {kind}: {_some(names)}; accepted: full attention in all of them." for kind, names in found if names
+    ]
+
+
+def _attention_layers(model) -> dict[str, torch.nn.Module]:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, RadixAttention)}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _gpu_refusals(model, pool, backend: str | None) -> list[str]:
@@ -222,16 +288,7 @@ def rotary_table(model) -> tuple[torch.Tensor, bool]:
     Checks that the table is a pure rotation whose angles add up, which is what moving cached keys relies on;
     scaled variants that change length or switch factors by position fail here. Raises UnsupportedError.
     """
-    tables = {
-        m.cos_sin_cache.data_ptr(): m
-        for m in model.modules()
-        if isinstance(getattr(m, "cos_sin_cache", None), torch.Tensor)
-    }
-    if len(tables) != 1:
-        raise UnsupportedError(
-            f"the model has {len(tables)} rotary tables; accepted: one for all layers. Keys could not be moved."
-        )
-    rotary = next(iter(tables.values()))
+    rotary = _rotary(model)
     table = rotary.cos_sin_cache.float()
     cos, sin = (x.double() for x in table.chunk(2, dim=-1))
     last = table.shape[0] - 1
@@ -245,3 +302,28 @@ def rotary_table(model) -> tuple[torch.Tensor, bool]:
             "5e-3): cached keys cannot be moved to another position. Use a model without rope scaling."
         )
     return table, bool(rotary.is_neox_style)
+
+
+def _rotary(model) -> torch.nn.Module:
+    """The rotary embedding that all attention layers share. Raises UnsupportedError."""
+    held: dict[torch.nn.Module | None, list[str]] = {}
+    for name in _attention_layers(model):
+        held.setdefault(getattr(model.get_submodule(name.rpartition(".")[0]), "rotary_emb", None), []).append(name)
+    if without := held.pop(None, None):
+        raise UnsupportedError(
+            f"layers have no rotary embedding: {_some(without)}; accepted: the same one in all of them. Their keys do "
+            "not depend on positions and must not be turned. Use another model, or drop --radix-cache-backend kvshare."
+        )
+    if len(held) != 1:
+        raise UnsupportedError(
+            f"the attention layers have {len(held)} rotary embeddings; accepted: the same one in every layer. Keys "
+            "could not be moved. Use another model, or drop --radix-cache-backend kvshare."
+        )
+    (rotary,) = held
+    table = getattr(rotary, "cos_sin_cache", None)
+    if not isinstance(table, torch.Tensor) or table.dim() != 2 or len(table) < 2:
+        raise UnsupportedError(
+            f"rotary embedding {type(rotary).__name__} has no single table of cosines and sines by position: cached "
+            "keys cannot be moved to another position. Use a model without rope scaling."
+        )
+    return rotary

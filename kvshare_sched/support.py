@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import math
 import os
 import sys
 
@@ -282,25 +283,37 @@ def _gpu_refusals(model, pool, backend: str | None) -> list[str]:
     return found
 
 
-def rotary_table(model) -> tuple[torch.Tensor, bool]:
+_BLOCK = 4096  # rows of the table made at once, in float64
+
+
+def rotary_table(model, context_len: int | None = None) -> tuple[torch.Tensor, bool]:
     """The model's cosine and sine table, [positions, rotary_dim] float32, and whether halves rotate (neox).
 
-    Checks that the table is a pure rotation whose angles add up, which is what moving cached keys relies on;
-    scaled variants that change length or switch factors by position fail here. Raises UnsupportedError.
+    It is made from the angles of the model's own table before that was rounded to the model's dtype. The model's table
+    must be that rotation at every position: then angles add up, which is what moving cached keys relies on. Positions
+    from context_len on are left out: no request has them, and SGLang's spare rows there know of no scaling. Raises
+    UnsupportedError for layers without a rotary embedding, for several of them, and for scaled variants that change
+    length or switch factors by position.
     """
     rotary = _rotary(model)
-    table = rotary.cos_sin_cache.float()
-    cos, sin = (x.double() for x in table.chunk(2, dim=-1))
-    last = table.shape[0] - 1
-    error = (cos.square() + sin.square() - 1).abs().max().item()
-    for a, b in ((1, 1), (3, last // 2), (last // 3, last // 2), (1, last - 1)):
-        added = cos[a] * cos[b] - sin[a] * sin[b]
-        error = max(error, (added - cos[a + b]).abs().max().item())
-    if error > 5e-3:
-        raise UnsupportedError(
-            f"rotary embedding {type(rotary).__name__} is not a plain rotation (self-test error {error:.2g}, accepted "
-            "5e-3): cached keys cannot be moved to another position. Use a model without rope scaling."
-        )
+    stored = rotary.cos_sin_cache[:context_len]
+    exact = stored if stored.dtype == torch.float32 else rotary._compute_cos_sin_cache()[:context_len]
+    angles = _angles(exact).to(stored.device)
+    table = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
+    for first in range(0, len(table), _BLOCK):
+        rows = slice(first, first + _BLOCK)
+        positions = torch.arange(first, first + len(table[rows]), dtype=torch.float64, device=stored.device)
+        turned = positions[:, None] * angles
+        table[rows] = torch.cat((turned.cos(), turned.sin()), dim=-1)
+        # Half a unit of rounding of what is near 1, and of the float32 angle before, which grows with the position.
+        accepted = torch.finfo(stored.dtype).eps / 2 + 1e-6 + positions * 2.0**-22
+        beyond = ((stored[rows].float() - table[rows]).abs().amax(dim=-1) / accepted).max().item()
+        if not beyond <= 1:  # NaN too
+            raise UnsupportedError(
+                f"rotary embedding {type(rotary).__name__} is not a plain rotation (its table is off by {beyond:.2g} "
+                "times what rounding explains): cached keys cannot be moved to another position. Use a model without "
+                "rope scaling."
+            )
     return table, bool(rotary.is_neox_style)
 
 
@@ -327,3 +340,18 @@ def _rotary(model) -> torch.nn.Module:
             "keys cannot be moved to another position. Use a model without rope scaling."
         )
     return rotary
+
+
+def _angles(table: torch.Tensor) -> torch.Tensor:
+    """By how much one position turns each pair, float64 [R/2]. table: float32 [positions, R].
+
+    Row 1 gives it to the last digits of float32; rows 2, 4, 8 ... give as many more as the position has, whole turns
+    being known from the row before.
+    """
+    cos, sin = table.double().chunk(2, dim=-1)
+    angles, at = torch.atan2(sin[1], cos[1]), 1
+    while 2 * at < len(table):
+        at *= 2
+        seen = torch.atan2(sin[at], cos[at])
+        angles = (seen + 2 * math.pi * ((at * angles - seen) / (2 * math.pi)).round()) / at
+    return angles

@@ -41,7 +41,7 @@ def wire(cache, ctx):
     config = KVShareConfig.load()
     runner = ctx.tp_worker.model_runner
     refuse(ctx.server_args, runner)
-    cos_sin, neox = rotary_table(runner.model)
+    cos_sin, neox = rotary_table(runner.model, runner.model_config.context_len)
     group = get_tp_group()
     costs = group.broadcast_object(_measure_costs(runner, cos_sin, neox), src=0)
     metrics = None

@@ -1,6 +1,8 @@
-"""The rotary table that keys are moved with, on SGLang's own rotary embeddings; layers that are refused."""
+"""The rotary table that keys are moved with, on SGLang's own rotary embeddings, and settings that are refused."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,3 +143,21 @@ def test_layers_that_do_not_attend_to_everything_are_refused_by_name():
         "layers slide a window: 2.attn",
         "layers are not causal self-attention: 3.attn",
     ]
+
+
+@pytest.mark.parametrize("name", support._SETTINGS)
+def test_every_setting_that_is_not_fine_is_refused_by_name(name, monkeypatch):
+    from sglang.srt.arg_groups import model_override_base
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    settings = SimpleNamespace(
+        **{"kv_cache_dtype": "auto", "device": "cpu", "enable_torch_compile": False, "dp_size": 1},
+        cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(backend=Backend.DISABLED)),
+    )
+    monkeypatch.setattr(model_override_base, "resolved_view", lambda args: args)
+    monkeypatch.setattr(model_override_base, "model_config_of", lambda args: None)
+    monkeypatch.setattr(support, "_model_refusals", lambda model: [])
+    assert support.refusals(settings) == []
+    setattr(settings, name, "something else")
+    (line,) = support.refusals(settings)
+    assert line.startswith(f"{name}='something else' is not supported: ") and "Accepted: " in line

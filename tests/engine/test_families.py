@@ -205,9 +205,26 @@ def test_a_class_of_the_same_name_from_elsewhere_is_refused(tmp_path):
     assert "LlamaForCausalLM comes from their_models.llama" in said and "SGLANG_EXTERNAL_MODEL_PACKAGE" in said
 
 
-def test_another_implementation_is_refused(tmp_path):
-    said = configured(BY_NAME["qwen3"], tmp_path, ["--model-impl", "transformers"])
-    assert "kvshare: model_impl='transformers' is not supported" in said and "Accepted" in said
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--enable-return-routed-experts"], "enable_return_routed_experts=True"),
+        (["--enable-return-indexer-topk"], "enable_return_indexer_topk=True"),
+        (
+            ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"],
+            "enable_return_aux_hidden_states=True",
+        ),
+        (["--return-hidden-states-mode", "last"], "enable_return_hidden_states=True"),
+        (["--enable-flexkv"], "enable_flexkv=True"),
+        (["--enable-attn-tp-input-scattered"], "enable_attn_tp_input_scattered=True"),
+        (["--kv-canary", "log"], "kv_canary='log'"),
+        (["--model-impl", "transformers"], "model_impl='transformers'"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_settings_that_would_hand_out_wrong_rows_are_refused(arguments, named, tmp_path):
+    said = configured(BY_NAME["qwen3-moe"], tmp_path, arguments)
+    assert f"kvshare: {named} is not supported" in said and "Accepted" in said
 
 
 # ---- configurations of classes that cannot be started here ----

@@ -40,7 +40,9 @@ class KVShareConfig:
     mode: str = _setting("on", "", "discover looks up and reports without using", choices=MODES)
     strategy: str = _setting("consensus", "", "which reused tokens are recomputed", request=True)
     ratio: float = _setting(0.18, "share of reused tokens", "recompute budget", low=0.0, high=1.0, request=True)
-    check_layer: int = _setting(1, "layer, 0-based", "all rows run up to this layer; layer 0 shows no deviation", low=1)
+    check_layer: int = _setting(
+        1, "layer, 0-based, below the model's last", "all rows run up to it; layer 0 shows no deviation", low=1
+    )
     alpha: str = _setting("one_query", "", "attention weights of the kvshare score", choices=ALPHA_MODES)
     window: int = _setting(16, "tokens", "length of the hashed windows", low=2, high=256)
     min_run: int = _setting(32, "tokens", "shorter matches are left alone", low=2)

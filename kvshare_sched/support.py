@@ -220,7 +220,7 @@ def _model_refusals(model) -> list[str]:
         found.append(f"model {name} is multimodal; accepted: text models.")
     if model.is_encoder_decoder:
         found.append(f"model {name} is an encoder-decoder; accepted: decoders.")
-    return found
+    return found + _check_layer_refusals(KVShareConfig.load(), getattr(text, "num_hidden_layers", None))
 
 
 def _class_refusal(name: str) -> str:
@@ -228,6 +228,20 @@ def _class_refusal(name: str) -> str:
         f"model class {name} is not supported: reuse was not compared with full computation in it. Accepted: "
         f"{', '.join(MODELS)}. Serve one of these, or drop --radix-cache-backend kvshare."
     )
+
+
+def _check_layer_refusals(config: KVShareConfig, layers: int | None) -> list[str]:
+    """layers: None where a class has another name for them, which is refused anyway.
+
+    The default stands in any model: where it is too high, `strategies.base.first_check` lowers it.
+    """
+    highest = max((layers or 0) - 2, KVShareConfig().check_layer)
+    if layers is None or config.check_layer <= highest:
+        return []
+    return [
+        f"check_layer={config.check_layer} leaves no layer above it to compute fewer rows in: the model has {layers} "
+        f"layers. Accepted: 1 <= check_layer <= {highest}. Set KVSHARE_CHECK_LAYER or the key in KVSHARE_CONFIG."
+    ]
 
 
 def refuse(server_args, model_runner) -> None:

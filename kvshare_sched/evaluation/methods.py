@@ -42,8 +42,9 @@ def cell_share(strategy: str, ratio: float, layers: int, config: KVShareConfig) 
     if ratio >= 1:
         return 1.0
     config = replace(config, strategy=strategy, ratio=ratio)
-    checks = list(get_strategy(strategy).checks(config, layers))
-    running, total = (1.0 if checks else ratio), 0.0
+    rule = get_strategy(strategy)
+    checks = list(rule.checks(config, layers))
+    running, total = (ratio if rule.upfront or rule.first_pass else 1.0), 0.0
     for layer in range(layers):
         total += running
         while checks and checks[0].layer == layer:

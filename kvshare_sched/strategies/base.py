@@ -36,7 +36,7 @@ class Evidence:
 class Check:
     """Select after this layer: keep `share` of the reused tokens for the layers above."""
 
-    layer: int  # 0-based
+    layer: int  # 0-based; below the last layer, since there must be one to compute fewer rows in
     share: float  # of the request's reused tokens in the batch, not only of those still in the running
 
 
@@ -65,6 +65,16 @@ def no_checks(config: KVShareConfig, layers: int) -> tuple[Check, ...]:
     return ()
 
 
+def first_check(config: KVShareConfig, layers: int) -> int:
+    """The configured check layer, or the highest that leaves a layer above it; negative in a model of one layer.
+
+    After the last layer SGLang makes the logits at once and drops the residual stream: nothing is left to select for.
+    A model of two layers is checked at layer 0, which shows no deviation, so only the forced rows are computed.
+    """
+    return min(config.check_layer, layers - 2)
+
+
 def one_check(config: KVShareConfig, layers: int) -> tuple[Check, ...]:
-    """One selection, after the configured check layer."""
-    return (Check(min(config.check_layer, layers - 1), config.ratio),)
+    """One selection, after the check layer; none in a model of one layer, where all rows run."""
+    at = first_check(config, layers)
+    return (Check(at, config.ratio),) if at >= 0 else ()

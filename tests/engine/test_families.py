@@ -18,7 +18,7 @@ EXACT = 1e-5
 # Logits of 2 to 4 are a multiple of 1/64 in bfloat16 and of 1/512 in float16; five such steps, because K is rounded
 # once more when it is moved.
 ROUNDED = {"bfloat16": 5 / 64, "float16": 5 / 512}
-STRATEGIES = {"naive": range(4), "consensus": range(4), "kvshare": (2, 3)}
+STRATEGIES = {"naive": range(4), "consensus": range(4), "cacheblend": (2, 3), "kvshare": (2, 3)}
 QUIET = {"audit_share": 0}
 BY_NAME = {model.name: model for model in families.ACCEPTED}
 LLAMA = BY_NAME["llama"]
@@ -225,6 +225,33 @@ def test_a_class_of_the_same_name_from_elsewhere_is_refused(tmp_path):
 def test_settings_that_would_hand_out_wrong_rows_are_refused(arguments, named, tmp_path):
     said = configured(BY_NAME["qwen3-moe"], tmp_path, arguments)
     assert f"kvshare: {named} is not supported" in said and "Accepted" in said
+
+
+# ---- checks, in models of few layers ----
+
+
+def shallow(layers: int) -> families.Model:
+    return families.Model(f"llama-{layers}", "LlamaForCausalLM", "llama", {"num_hidden_layers": layers})
+
+
+@pytest.mark.parametrize(("layers", "check_layer"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 3)])
+def test_every_strategy_reuses_however_few_layers_there_are(layers, check_layer, tmp_path):
+    """After the last layer SGLang drops the residual stream: a check there would end in an error, and a second run."""
+    strategies = dict.fromkeys(("cacheblend", "kvshare", "consensus"), (0, layers - 1))
+    found = compared(shallow(layers), tmp_path, strategies=strategies, settings={"check_layer": check_layer})
+    for one in found:
+        assert one.same_tokens and one.difference <= EXACT, one
+        assert one.report["recomputed"] < families.REUSED or (layers == 1 and one.strategy != "consensus")
+
+
+@pytest.mark.parametrize(("layers", "check_layer", "highest"), [(4, 3, 2), (4, 9, 2), (2, 2, 1), (1, 2, 1)])
+def test_a_check_layer_the_model_does_not_have_is_refused(layers, check_layer, highest, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVSHARE_CHECK_LAYER", str(check_layer))
+    said = configured(shallow(layers), tmp_path)
+    assert f"check_layer={check_layer} leaves no layer above it" in said
+    assert f"1 <= check_layer <= {highest}" in said and "KVSHARE_CHECK_LAYER" in said
+    monkeypatch.setenv("KVSHARE_CHECK_LAYER", str(highest))
+    assert configured(shallow(layers), tmp_path) == ""
 
 
 # ---- configurations of classes that cannot be started here ----

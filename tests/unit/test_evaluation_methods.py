@@ -20,6 +20,13 @@ def test_shares_by_hand():
     assert methods.cell_share("kvshare", 1.0, 30, CONFIG) == 1
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 30])
+def test_one_ratio_means_as_many_cells_to_every_rule_that_checks(layers):
+    """Filtering in steps computes what one selection does; in a model of one layer both compute everything."""
+    one, steps = (methods.cell_share(name, 0.1, layers, CONFIG) for name in ("kvshare", "cacheblend"))
+    assert one == pytest.approx(steps) and (one == 1) == (layers == 1)
+
+
 @pytest.mark.parametrize("strategy", ["kvshare", "cacheblend", "epic", "random"])
 @pytest.mark.parametrize("share", [0.12, 0.2, 0.45])
 def test_the_ratio_gives_the_share_back(strategy, share):

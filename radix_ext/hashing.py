@@ -4,6 +4,9 @@ A polynomial rolling hash modulo 2**64 over mixed token ids, computed for all wi
 (Schleimer, Wilkerson, Aiken 2003) keeps the smallest hash of every `span` consecutive ones: two texts that
 share at least `window + span - 1` tokens are then sure to share a kept hash, at about 2 / (span + 1) of the
 memory. Hashes only nominate; token ids are compared after every hit.
+
+A minimum between two equal ones that are at most `span` apart is left out: whoever shares `span` hashes around it
+shares one of the two as well. So text that repeats a few tokens keeps the ends of the stretch, not a hash a token.
 """
 
 import numpy as np
@@ -44,7 +47,8 @@ def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
 
 
 def winnow(hashes: np.ndarray, span: int) -> np.ndarray:
-    """Ascending positions of the kept hashes: the leftmost minimum of every `span` consecutive ones, int64.
+    """Ascending positions of the kept hashes: the leftmost minimum of every `span` consecutive ones, without those
+    between two equal ones that are at most `span` apart; int64, O(len(hashes) * log(span) + kept * span).
 
     Fewer than `span` hashes keep their one minimum.
     """
@@ -52,5 +56,14 @@ def winnow(hashes: np.ndarray, span: int) -> np.ndarray:
         return np.empty(0, np.int64)
     if len(hashes) <= span:
         return np.array([int(np.argmin(hashes))], np.int64)
-    views = np.lib.stride_tricks.sliding_window_view(hashes, span)
-    return np.unique(views.argmin(axis=1) + np.arange(len(views)))
+    least, width = hashes, 1
+    while width < span:
+        step = min(width, span - width)
+        least, width = np.minimum(least[:-step], least[step:]), width + step
+    # Where the leftmost minimum is another one than one step before: its value is, or the old one was left behind.
+    moved = (least[1:] != least[:-1]) | (hashes[: len(least) - 1] == least[:-1])
+    spans = np.concatenate(([0], np.flatnonzero(moved) + 1))
+    kept = spans + hashes[spans[:, None] + np.arange(span)].argmin(axis=1)
+    keep, same = np.ones(len(kept), bool), hashes[kept[1:]] == hashes[kept[:-1]]
+    keep[1:-1] = ~(same[:-1] & same[1:] & (kept[2:] - kept[:-2] <= span))
+    return kept[keep]

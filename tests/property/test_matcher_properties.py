@@ -1,5 +1,7 @@
 """Segments are true, disjoint, inside bounds and long enough, whatever is nominated."""
 
+import unittest.mock
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,6 +62,17 @@ def test_order_of_nominations_does_not_matter(prompt, donors, start_end, min_run
         find_segments(prompt, h, donors.__getitem__, start=start, end=end, min_run=min_run) for h in (hits, shuffled)
     )
     assert first == second
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 9)), max_size=40), st.integers(1, 8))
+def test_the_fullest_diagonals_are_taken_newer_donors_first(hits, most):
+    by_diagonal = {}
+    for donor, at, position in hits:
+        by_diagonal.setdefault((donor, at - position), []).append(position)
+    wanted = sorted(by_diagonal, key=lambda d: (-len(by_diagonal[d]), -d[0], -d[1]))[:most]
+    with unittest.mock.patch.object(matcher, "_MAX_DIAGONALS", most):
+        found = [(donor, offset, positions.tolist()) for donor, offset, positions in matcher._fullest(hits)]
+    assert found == [(*d, sorted(by_diagonal[d])) for d in wanted]
 
 
 @given(tokens, donor_lists, bounds, st.integers(2, 8))

@@ -28,7 +28,13 @@ def naive_winnow(hashes, span: int) -> list[int]:
     if len(hashes) <= span:
         return [min(range(len(hashes)), key=lambda i: (hashes[i], i))] if len(hashes) else []
     groups = range(len(hashes) - span + 1)
-    return sorted({min(range(g, g + span), key=lambda i: (hashes[i], i)) for g in groups})
+    least = sorted({min(range(g, g + span), key=lambda i: (hashes[i], i)) for g in groups})
+    between = {
+        at
+        for left, at, right in zip(least, least[1:], least[2:], strict=False)
+        if hashes[left] == hashes[at] == hashes[right] and right - left <= span
+    }
+    return [at for at in least if at not in between]
 
 
 def random_tokens(length, *, high=50_000, seed=0, dtype=np.int64):
@@ -72,7 +78,7 @@ def test_different_windows_do_not_collide():
 
 @pytest.mark.parametrize("span", [1, 2, 5, 17])
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 17, 18, 200])
-@pytest.mark.parametrize("values", [3, 2**63])
+@pytest.mark.parametrize("values", [1, 3, 2**63])
 def test_winnow_equals_the_definition(span, count, values):
     hashes = np.random.default_rng(count).integers(0, values, count).astype(np.uint64)
     assert winnow(hashes, span).tolist() == naive_winnow(hashes.tolist(), span)
@@ -83,18 +89,48 @@ def test_span_of_one_keeps_everything():
 
 
 @pytest.mark.parametrize(("window", "span"), [(4, 3), (16, 17), (16, 1), (8, 25)])
-@pytest.mark.parametrize("high", [2, 50_000])
+@pytest.mark.parametrize("high", [1, 2, 50_000])
 def test_texts_that_share_enough_share_a_fingerprint(window, span, high):
+    """And at the same place of what they share, unless that repeats itself."""
     for seed in range(40):
         rng = np.random.default_rng(seed)
         common = rng.integers(0, high, window + span - 1)
-        kept = []
+        kept, prints = [], []
         for before, after in rng.integers(0, 60, (2, 2)):
             text = np.concatenate((rng.integers(0, high, before), common, rng.integers(0, high, after)))
-            chosen = winnow(window_hashes(text, window), span)
+            hashes = window_hashes(text, window)
+            chosen = winnow(hashes, span)
             inside = chosen[(chosen >= before) & (chosen < before + span)]
             kept.append(set((inside - before).tolist()))
-        assert kept[0] & kept[1], (seed, kept)
+            prints.append(set(hashes[chosen].tolist()))
+        hashes = window_hashes(common, window).tolist()
+        assert prints[0] & prints[1] & set(hashes), seed
+        assert kept[0] & kept[1] or hashes.count(min(hashes)) > 1, (seed, kept)
+
+
+@pytest.mark.parametrize("values", [2, 5, 40])
+@pytest.mark.parametrize("span", [2, 3, 8, 17])
+def test_a_minimum_that_stands_alone_in_a_span_is_kept(span, values):
+    for seed in range(60):
+        hashes = np.random.default_rng(seed).integers(0, values, 4 * span).astype(np.uint64)
+        kept = set(winnow(hashes, span).tolist())
+        for start in range(len(hashes) - span + 1):
+            part = hashes[start : start + span]
+            assert (part == part.min()).sum() > 1 or start + int(part.argmin()) in kept
+
+
+@pytest.mark.parametrize("period", range(1, 9))
+def test_text_that_repeats_a_few_tokens_keeps_the_ends_of_the_stretch(period):
+    repeated = np.resize(random_tokens(period, seed=period), 20_000)
+    assert len(winnow(window_hashes(repeated, 16), 17)) == 2
+    between = np.concatenate((random_tokens(500, seed=1), repeated, random_tokens(500, seed=2)))
+    assert len(winnow(window_hashes(between, 16), 17)) < 2 * 1000 * 2 / 18
+
+
+@pytest.mark.parametrize("period", [9, 12, 20, 300])
+def test_text_that_repeats_more_is_as_any_other(period):
+    kept = winnow(window_hashes(np.resize(random_tokens(period, seed=period), 20_000), 16), 17)
+    assert 1 / 17 <= len(kept) / 20_000 <= 4 / 18
 
 
 def test_density_is_about_two_over_span_plus_one():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvshare_sched.types import Namespace, Segment
-from radix_ext import segment_index
+from radix_ext import matcher, segment_index
 from radix_ext.matcher import find_segments
 from radix_ext.segment_index import SegmentIndex
 
@@ -252,6 +252,53 @@ def test_many_diagonals_keep_the_fullest(monkeypatch):
     assert {s.donor_id for s in library.segments(prompt)} <= set(library.ids[3:])
 
 
+@pytest.mark.parametrize("period", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize(("held", "asked"), [(900, 900), (600, 900), (900, 600)])
+def test_repeated_text_that_a_donor_holds_is_found(period, held, asked):
+    """However often the prompt repeats it: one donor's stretch stands in for as much as there is of it."""
+    repeated = np.resize(text(2, period), 900)
+    library = Library(text(5), join(text(1), repeated[:held], text(3)), text(6))
+    prompt = join(text(8, 7), repeated[:asked], text(9))
+    found = library.segments(prompt)
+    assert {s.donor_id for s in found} == {library.ids[1]}
+    assert sum(s.length for s in found) >= min(held, asked) and found[0].start == 7
+
+
+def test_what_follows_and_precedes_repeated_text_is_found_with_it():
+    passage = join(text(1), np.full(500, 7), text(2))
+    library = Library(text(5), join(text(6), passage, text(4)))
+    assert library.found(join(text(8, 9), passage, text(9))) == [(1, 30, 9, 560)]
+    shorter = join(text(8, 9), text(1), np.full(300, 7), text(2), text(9))
+    assert library.found(shorter) == [(1, 30, 9, 330), (1, 560, 339, 30)]
+
+
+def test_many_agreements_before_the_prompt_begins_are_looked_at_up_to_a_number(monkeypatch):
+    """A table whose rows are alike agrees with itself at every row; the exact prefix may hold thousands of them."""
+    made, check = [], Segment.__post_init__
+    monkeypatch.setattr(Segment, "__post_init__", lambda segment: made.append(1) or check(segment))
+    monkeypatch.setattr(matcher, "_CONTEXT_RUNS", 40)
+
+    def work(rows: int) -> int:
+        table = lambda name: np.column_stack((np.full((rows, 16), 7), 10**6 * name + np.arange(rows))).ravel()  # noqa: E731
+        donors = [table(1), table(2)]
+        prompt = join(table(3), table(4)[: 17 * 3])
+        hits = [(donor, 17 * row, 17 * rows) for donor in (0, 1) for row in range(20)]
+        made.clear()
+        find_segments(prompt, hits, donors.__getitem__, start=17 * rows, end=len(prompt), min_run=8)
+        return len(made)
+
+    assert 40 < work(400) == work(100) < 40 * 5
+
+
+def test_the_nearest_agreement_before_the_prompt_begins_is_still_context(monkeypatch):
+    monkeypatch.setattr(matcher, "_CONTEXT_RUNS", 2)
+    rows = [join(text(i, 20), np.array([10**6 + i])) for i in range(1, 9)]
+    library = Library(join(*rows, text(20)))
+    prompt = join(*(join(row[:-1], np.array([2 * 10**6])) for row in rows), text(20))
+    (found,) = library.segments(prompt, start=len(prompt) - 30)
+    assert (found.start, found.context) == (168, 40)
+
+
 def test_inputs_stay_as_they_were():
     library, prompt = Library(text(1)), join(text(1)[:15], text(2))
     before, hits = prompt.copy(), library.index.hits(HERE, prompt)
@@ -313,6 +360,22 @@ def test_the_work_grows_with_the_prompt_and_not_with_its_square(monkeypatch):
     looks, clip = [], Segment.clip
     monkeypatch.setattr(Segment, "clip", lambda *args: looks.append(1) or clip(*args))
     assert work(80) <= 4 * work(20) + 8
+
+
+def test_each_run_is_looked_at_beside_the_segments_it_reaches(monkeypatch):
+    """Every segment beside every run would be the square of the prompt."""
+
+    def work(rows: int) -> int:
+        runs = [Segment(donor, at, at, 32) for donor in range(4) for at in range(0, 33 * rows, 33)]
+        runs.append(Segment(5, 0, 0, 33 * rows))
+        looks.clear()
+        beside = list(matcher._beside(runs[:rows], runs, 32))
+        assert [len(found) for found in beside] == [5] * rows and all(found[-1] is runs[-1] for found in beside)
+        return len(looks)
+
+    looks, end = [], Segment.end.fget
+    monkeypatch.setattr(Segment, "end", property(lambda segment: looks.append(1) or end(segment)))
+    assert work(200) <= 10 * work(20) + 100
 
 
 def test_the_widest_other_donor_comes_first():

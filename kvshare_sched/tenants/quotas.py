@@ -1,10 +1,9 @@
-"""Quotas: what a tenant may have in flight, and whose donors make room. Pure bookkeeping, no clock."""
+"""Quotas: what a tenant may have in flight, and which of its donors are safe. Pure bookkeeping, no clock."""
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvshare_sched.tenants.file import Tenant
@@ -92,28 +91,15 @@ class DonorLimits:
         return (self.most is not None and tokens > self.most) or (self.entries is not None and entries > self.entries)
 
 
-def victims(donors: Iterable[tuple[int, str]], covered: Callable[[str], Container[int]]) -> Iterator[int]:
-    """The order in which donors leave: first those that no guarantee covers, then, when more was promised than there
-    is, the others; each time the least recently used first.
-
-    donors: (id, owner), least recently used first; covered: the donors of an owner that its guarantee covers, see
-    `to_hold`. Whoever leaves in this order changes nothing for the others, so one walk will do, however many leave.
-    """
-    held, known = [], functools.cache(covered)
-    for donor_id, whose in donors:
-        if donor_id in known(whose):
-            held.append(donor_id)
-        else:
-            yield donor_id
-    yield from held
-
-
-def to_hold(donors: Iterable[tuple[int, int]], guaranteed: int) -> dict[int, int]:
+def to_hold(donors: Iterable[tuple[int, int]], guaranteed: int, least: int = 1) -> dict[int, int]:
     """Which of an owner's donors a guarantee of so many tokens covers; whole ones only. They stay in the index and
-    pinned in the tree. donors: (id, tokens), most recently used first; returned in that order.
+    pinned in the tree. donors: (id, tokens), most recently used first; returned in that order. None is shorter than
+    `least` tokens, so nobody is looked at once there is no room for so many.
     """
     held, left = {}, guaranteed
     for donor_id, tokens in donors:
+        if left < least:
+            break
         if 0 < tokens <= left:
             held[donor_id] = tokens
             left -= tokens

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvshare_sched.tenants.quotas import DonorLimits, to_hold
 from kvshare_sched.types import Namespace
 from radix_ext import matcher, segment_index
 from radix_ext.segment_index import SegmentIndex
@@ -221,3 +222,112 @@ def test_text_grown_in_pieces_is_found_wherever_a_run_is_taken_from(window, more
             prompt, hits, lambda i: index.donors[i].tokens, start=0, end=len(prompt), min_run=min_run
         )
         assert [(s.donor_id, s.donor_start, s.start, s.length) for s in found] == [(donor, start, 1, min_run)]
+
+
+OWNERS = ["a", "b", "c"]
+limits = st.dictionaries(
+    st.sampled_from(OWNERS),
+    st.builds(DonorLimits, st.none() | st.integers(0, 200), st.sampled_from([0, 30, 60, 150]), st.none()),
+)
+
+
+class LeavingMachine(RuleBasedStateMachine):
+    """Who leaves a full index, against the definition: a walk over everybody, the least recently used first."""
+
+    @initialize(limits=limits)
+    def begin(self, limits):
+        self.limits = limits
+        self.index = SegmentIndex(window=WINDOW, min_run=MIN_RUN, capacity=CAPACITY, limits=self.limits)
+        self.model: OrderedDict[int, tuple[str, int]] = OrderedDict()  # donor -> (owner, tokens)
+        self.next_id = 0
+
+    def pick(self, number: int) -> int:
+        return list(self.model)[number % len(self.model)]
+
+    def covered(self, owner: str) -> dict[int, int]:
+        limit = self.limits.get(owner, DonorLimits())
+        return to_hold(((i, n) for i, (whose, n) in reversed(self.model.items()) if whose == owner), limit.guaranteed)
+
+    def tokens(self, owner: str | None = None) -> int:
+        return sum(n for whose, n in self.model.values() if owner in (None, whose))
+
+    def make_room(self, owner: str) -> None:
+        limit = self.limits.get(owner, DonorLimits())
+        for donor in [i for i, (whose, _) in self.model.items() if whose == owner]:
+            if limit.exceeded(self.tokens(owner), 0):
+                del self.model[donor]
+        covered = {donor for whose in OWNERS for donor in self.covered(whose)}
+        for donor in sorted(self.model, key=covered.__contains__):  # stable: the order of use among equals
+            if self.tokens() > CAPACITY and len(self.model) > 1:
+                del self.model[donor]
+
+    def write(self, owner: str, length: int, donor: int | None = None) -> None:
+        held = self.index.donors[donor].tokens.tolist() if donor is not None else []
+        tokens = held + list(range(self.next_id, self.next_id + length))
+        self.next_id += length
+        found = self.index.add(Namespace(owner), np.array(tokens), donor)
+        donor = self.index._next_id - 1 if donor is None else donor
+        self.model[donor] = (owner, len(tokens))
+        self.model.move_to_end(donor)
+        self.make_room(owner)
+        assert found == (donor if donor in self.model else None)
+
+    @rule(owner=st.sampled_from(OWNERS), length=st.integers(WINDOW, 90))
+    def add(self, owner, length):
+        self.write(owner, length)
+
+    @precondition(lambda self: self.model)
+    @rule(number=numbers, length=st.integers(1, 30))
+    def grow(self, number, length):
+        donor = self.pick(number)
+        self.write(self.model[donor][0], length, donor)
+
+    @precondition(lambda self: self.model)
+    @rule(number=numbers)
+    def touch(self, number):
+        donor = self.pick(number)
+        self.index.touch(donor)
+        self.model.move_to_end(donor)
+
+    @precondition(lambda self: self.model)
+    @rule(number=numbers, cut=st.integers(1, 30))
+    def truncate(self, number, cut):
+        donor = self.pick(number)
+        owner, length = self.model[donor]
+        self.index.truncate(donor, length - cut)
+        if length - cut < WINDOW:
+            del self.model[donor]
+        else:
+            self.model[donor] = (owner, length - cut)
+
+    @precondition(lambda self: self.model)
+    @rule(number=numbers)
+    def remove(self, number):
+        donor = self.pick(number)
+        self.index.remove(donor)
+        del self.model[donor]
+
+    @rule(limits=limits)
+    def promise(self, limits):
+        self.limits.clear()
+        self.limits.update(limits)
+
+    @rule(owner=st.sampled_from(OWNERS))
+    def ask(self, owner):
+        assert list(self.index.covered(owner).items()) == list(self.covered(owner).items())
+
+    @precondition(lambda self: len(self.model) > 8)
+    @rule()
+    def clear(self):
+        self.index.clear()
+        self.model.clear()
+
+    @invariant()
+    def same_as_the_model(self):
+        if hasattr(self, "index"):
+            self.index._check()
+            assert [(i, (d.owner, len(d.tokens))) for i, d in self.index.donors.items()] == list(self.model.items())
+
+
+TestLeaving = LeavingMachine.TestCase
+TestLeaving.settings = settings(max_examples=80, stateful_step_count=30)

@@ -6,7 +6,7 @@ import pytest
 from kvshare_sched.tenants.quotas import DonorLimits
 from kvshare_sched.types import Namespace
 from radix_ext import segment_index
-from radix_ext.segment_index import OCCURRENCES, SegmentIndex, common_prefix
+from radix_ext.segment_index import OCCURRENCES, Donor, SegmentIndex, common_prefix
 
 HERE, THERE = Namespace("here"), Namespace("there")
 WINDOW, MIN_RUN = 4, 8
@@ -200,6 +200,93 @@ def test_donors_beyond_their_tenants_quota_are_counted_apart():
     assert index.left == {"quota": 2} and len(index) == 2
 
 
+class Looks:
+    """Which donors anybody reads anything of."""
+
+    def __init__(self, monkeypatch):
+        self.ids = set()
+
+        def look(donor, name):
+            self.ids.add(object.__getattribute__(donor, "id"))
+            return object.__getattribute__(donor, name)
+
+        monkeypatch.setattr(Donor, "__getattribute__", look)
+
+    def of(self, work) -> int:
+        self.ids.clear()
+        work()
+        return len(self.ids)
+
+
+def of(owner: str) -> Namespace:
+    return Namespace(owner)
+
+
+def numbered(number: int) -> np.ndarray:
+    return np.arange(20) + 100 * number
+
+
+@pytest.mark.parametrize("promised", [0, 200])
+def test_a_publish_at_a_full_index_looks_at_those_that_leave(monkeypatch, promised):
+    """A full index is the usual one, and the scheduler waits for every publish. Among its oldest donors are those of a
+    tenant with a guarantee who is away."""
+    index = make(capacity=20 * 500, limits={"away": DonorLimits(guaranteed=20 * promised)})
+    for number in range(500):
+        index.add(of("away" if number < promised else "busy"), numbered(number))
+    index.add(of("busy"), numbered(500))  # finds out once whom the guarantee covers
+    looks = Looks(monkeypatch)
+    for number in range(501, 800):
+        assert looks.of(lambda: index.add(of("busy"), numbered(number))) <= 3  # noqa: B023
+    assert index.owned["away"] == 20 * promised and index.left == {"limit": 300}
+
+
+def test_a_publish_above_a_quota_looks_at_those_that_leave(monkeypatch):
+    index = make(limits={"busy": DonorLimits(most=100), "many": DonorLimits(entries=40)})
+    for number in range(300):
+        index.add(of("other"), numbered(number))
+    for number in range(300, 310):
+        index.add(of("busy"), numbered(number))
+        index.add(of("many"), numbered(number))
+    looks = Looks(monkeypatch)
+    for owner in ("busy", "many"):
+        for number in range(310, 330):
+            assert looks.of(lambda: index.add(of(owner), numbered(number))) <= 3  # noqa: B023
+    assert index.owned["busy"] == 100 and 0 < index.entered["many"] <= 40 and index.owned["other"] == 6000
+
+
+def test_a_guarantee_is_worked_out_from_the_owners_own_donors(monkeypatch):
+    index = make(limits={"few": DonorLimits(guaranteed=40)})
+    for number in range(300):
+        index.add(of("other"), numbered(number))
+    held = [index.add(of("few"), numbered(number)) for number in range(300, 303)]
+    looks = Looks(monkeypatch)
+    assert looks.of(lambda: index.covered("few")) <= 3
+    assert list(index.covered("few")) == held[:0:-1], "as many as fit whole, the most recently used first"
+    assert looks.of(lambda: index.covered("few")) == looks.of(lambda: index.covered("other")) == 0
+    index.touch(held[0])
+    assert looks.of(lambda: index.covered("few")) <= 3 and list(index.covered("few")) == [held[0], held[2]]
+
+
+def test_what_must_leave_stays_known_however_donors_come_and_go(index):
+    """They may leave by other ways than for want of room, and nobody then asks who is next."""
+    for number in range(1000):
+        index.remove(index.add(of("busy"), numbered(number)))
+    kept = [index.add(of("busy"), numbered(number)) for number in range(10)]
+    for donor in kept * 100:
+        index.touch(donor)
+    index._check()
+    assert len(index._leaving) < 200
+
+
+def test_growing_by_little_reads_none_of_the_places_before(index, monkeypatch):
+    whole, seen = np.random.default_rng(0).permutation(100_000)[:8000], []
+    donor = index.add(HERE, whole[:7900])
+    sort = lambda places, key: seen.append(len(places)) or sorted(places, key=key)  # noqa: E731
+    monkeypatch.setattr(segment_index, "sorted", sort, raising=False)
+    index.add(HERE, whole, donor)
+    assert seen and max(seen) < 100 and index.entries > 2000
+
+
 def test_growing_counts_as_use():
     index = make(capacity=190)
     first, second = index.add(HERE, text(1)), index.add(HERE, text(2))
@@ -298,6 +385,18 @@ def test_looking_up_changes_nothing(index):
     before = asked.copy()
     assert index.hits(HERE, asked) == index.hits(HERE, asked)
     assert list(index.donors) == order and index.entries == entries and (asked == before).all()
+
+
+def test_a_prompt_that_repeats_a_token_hits_no_more_often_than_its_ends():
+    """One hit a token and donor would keep the scheduler for seconds, whoever sends it."""
+    index = make(capacity=200_000)
+    repeated = np.full(32_000, 7)
+    donors = [index.add(HERE, join(text(1 + i, 10 + i), repeated)) for i in range(OCCURRENCES)]
+    hits = index.hits(HERE, join(text(9), repeated, text(8)))
+    assert 0 < len(hits) <= 2 * OCCURRENCES and {donor for donor, _, _ in hits} == set(donors)
+    assert index.entries <= 15 * OCCURRENCES, "nor is it kept more often"
+    prints, positions = index.fingerprints(join(text(9, 5), repeated), 1)
+    assert len(prints) == len(positions) <= 8
 
 
 def test_colliding_hashes_keep_the_structure_sound(index, monkeypatch):

@@ -64,20 +64,17 @@ def expected_cells(plan: ReusePlan, strategy: Strategy, config: KVShareConfig, l
 def rows_per_layer(
     plan: ReusePlan, start: int, end: int, strategy: Strategy, config: KVShareConfig, layers: int
 ) -> list[int]:
-    """Rows expected at each layer for the chunk [start, end) of the prompt."""
-    rows = end - start
-    reused = int(plan.reused_mask(start, end).sum())
-    forced = len(plan.forced_positions(start, end))
-    fresh = rows - reused
+    """Rows expected at each layer for the chunk [start, end) of the prompt; O(layers + log segments)."""
+    rows, chunk = end - start, plan.counts(start, end)
+    fresh = rows - chunk.reused
     per_layer, current, checks = [], rows, list(strategy.checks(config, layers))
     if not checks:
         share = {"full": 1.0, "naive": 0.0}.get(strategy.name, config.ratio)
-        chosen = plan.doubtful_len(start, end) if strategy.by_doubt and share < 1 else reused
-        current = fresh + max(forced, math.ceil(share * chosen))
-    alone = plan.mostly_lone(start, end)
-    looking = strategy.first_pass(layers).stop if strategy.first_pass and alone else 0  # fresh rows run twice
+        chosen = chunk.doubtful if strategy.by_doubt and share < 1 else chunk.reused
+        current = fresh + max(chunk.forced, math.ceil(share * chosen))
+    looking = strategy.first_pass(layers).stop if strategy.first_pass and chunk.lone > 0 else 0  # fresh rows run twice
     for layer in range(layers):
         per_layer.append(min(rows, current + (fresh if layer < looking else 0)))
         while checks and checks[0].layer == layer:
-            current = fresh + max(forced, math.ceil(checks.pop(0).share * reused))
+            current = fresh + max(chunk.forced, math.ceil(checks.pop(0).share * chunk.reused))
     return per_layer

@@ -8,9 +8,12 @@ prompt. *Donor* and *target* name the two sides of every copy. Each record check
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -76,6 +79,8 @@ class Segment:
         low, high = max(start, self.start), min(end, self.end)
         if low >= high:
             return None
+        if (low, high) == (self.start, self.end):
+            return self
         skipped = low - self.start
         others = (part for o in self.others if (part := o.clip(low, high)) is not None)
         return Segment(
@@ -133,14 +138,35 @@ class RequestView:
             )
 
 
+class Counts(NamedTuple):
+    """What a plan does with a stretch of the prompt, in tokens."""
+
+    reused: int
+    forced: int  # of those, recomputed whatever the score says
+    copied: int  # read from donors; more than reused where several donors stand in together
+    doubtful: float  # reused, each counted by how much of its left context is foreign
+    lone: int  # reused of texts whose donors tell nothing, less those of all other texts
+
+
+_WHOLE = 1 << 64  # a doubtful token that counts whole: sums of integers are the same wherever one begins
+
+
 @dataclass(frozen=True, slots=True)
 class ReusePlan:
-    """Whose KV stands in for which tokens; every prompt token has one origin: exact, reused or fresh."""
+    """Whose KV stands in for which tokens; every prompt token has one origin: exact, reused or fresh.
+
+    Questions about a stretch [start, end) look at the segments in it alone; `counts` looks at the two it cuts, and
+    knows the sums over all others: O(log segments), because the scheduler asks some twenty times a pass.
+    """
 
     prompt_len: int
     exact_len: int
     segments: tuple[Segment, ...]  # disjoint, ascending, inside [exact_len, prompt_len - 1)
     forced_head: int = 0  # first tokens of every segment, always recomputed (attention sinks of the donor)
+    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # Column by column as in `Counts`, doubtful tokens in parts of _WHOLE: of the first n segments together, n from 0.
+    _sums: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         edge = self.exact_len
@@ -150,10 +176,45 @@ class ReusePlan:
             edge = segment.end
         if self.segments and edge > self.prompt_len - 1:
             raise PlanError(f"{self.segments[-1]} covers the last prompt token ({self.prompt_len - 1})")
+        columns = zip((0,) * len(Counts._fields), *(self._count(s, s.start) for s in self.segments), strict=True)
+        object.__setattr__(self, "_starts", tuple(s.start for s in self.segments))
+        object.__setattr__(self, "_ends", tuple(s.end for s in self.segments))
+        object.__setattr__(self, "_sums", tuple(tuple(accumulate(column)) for column in columns))
+
+    def _count(self, part: Segment, start: int) -> tuple[int, ...]:
+        """One segment's part in `_sums`, or that of a part of it; start: of the whole segment."""
+        forced = max(0, min(part.end, start + self.forced_head) - part.start)
+        doubtful = part.length * int(part.foreign**0.5 * _WHOLE)
+        lone = part.length if part.lone else -part.length
+        return part.length, forced, sum(place.length for place in part.places), doubtful, lone
+
+    def counts(self, start: int, end: int) -> Counts:
+        """What becomes of [start, end).
+
+        Of the foreign share of a left context the root counts, because a little foreign text does more harm than its
+        share: with a sixteenth of the context foreign, a quarter of the tokens are in doubt. A bare donor's tokens are
+        no more, only chosen first.
+        """
+        low, high = self._reach(start, end)
+        cut = []
+        if low < high and self._starts[low] < start:
+            cut.append(self._count(self.segments[low].clip(start, end), self._starts[low]))
+            low += 1
+        if low < high and end < self._ends[high - 1]:
+            high -= 1
+            cut.append(self._count(self.segments[high].clip(start, end), self._starts[high]))
+        whole = [column[high] - column[low] for column in self._sums]
+        reused, forced, copied, doubtful, lone = map(sum, zip(whole, *cut, strict=True))
+        return Counts(reused, forced, copied, doubtful / _WHOLE, lone)
+
+    def _reach(self, start: int, end: int) -> tuple[int, int]:
+        """The segments with tokens in [start, end): the number of the first, and that behind the last."""
+        low = bisect_right(self._ends, start)
+        return low, bisect_left(self._starts, end) if start < end else low
 
     @property
     def reused_len(self) -> int:
-        return sum(s.length for s in self.segments)
+        return self._sums[0][-1]
 
     @property
     def fresh_len(self) -> int:
@@ -162,7 +223,7 @@ class ReusePlan:
     @property
     def copied_len(self) -> int:
         """Tokens read from donors; more than reused where several donors stand in together."""
-        return sum(place.length for s in self.segments for place in s.places)
+        return self._sums[2][-1]
 
     @property
     def donor_ids(self) -> set[int]:
@@ -170,16 +231,12 @@ class ReusePlan:
         return {place.donor_id for s in self.segments for place in s.places}
 
     def doubtful_len(self, start: int, end: int) -> float:
-        """Reused tokens inside [start, end), each counted by how much of its left context is foreign.
-
-        The root, because a little foreign text does more harm than its share: with a sixteenth of the context
-        foreign, a quarter of the tokens count. A bare donor's tokens are no more, only chosen first.
-        """
-        return sum(part.length * part.foreign**0.5 for part in self.clip(start, end))
+        """Reused tokens inside [start, end), each counted by how much of its left context is foreign, see `counts`."""
+        return self.counts(start, end).doubtful
 
     def mostly_lone(self, start: int, end: int) -> bool:
         """More than half of the tokens reused inside [start, end) belong to texts whose donors tell nothing."""
-        return sum(part.length * (-1 if part.lone else 1) for part in self.clip(start, end)) < 0
+        return self.counts(start, end).lone > 0
 
     @property
     def approximate_from(self) -> int:
@@ -199,22 +256,23 @@ class ReusePlan:
 
     def clip(self, start: int, end: int) -> Iterator[Segment]:
         """The segments' parts inside one chunk [start, end)."""
-        for segment in self.segments:
-            if (part := segment.clip(start, end)) is not None:
-                yield part
+        low, high = self._reach(start, end)
+        return (segment.clip(start, end) for segment in self.segments[low:high])
 
     def forced_positions(self, start: int, end: int) -> np.ndarray:
         """Reused positions inside [start, end) that are recomputed whatever the score says, int64 [n]."""
+        low, high = self._reach(start, end)
         heads = [
-            np.arange(max(start, s.start), min(end, s.start + min(self.forced_head, s.length))) for s in self.segments
+            np.arange(max(start, s.start), min(end, s.end, s.start + self.forced_head)) for s in self.segments[low:high]
         ]
         return np.concatenate(heads).astype(np.int64) if heads else np.empty(0, np.int64)
 
     def reused_mask(self, start: int, end: int) -> np.ndarray:
         """Bool [end - start]: which positions of a chunk are reused."""
         mask = np.zeros(max(0, end - start), bool)
-        for s in self.clip(start, end):
-            mask[s.start - start : s.end - start] = True
+        low, high = self._reach(start, end)
+        for s in self.segments[low:high]:
+            mask[max(start, s.start) - start : s.end - start] = True
         return mask
 
 

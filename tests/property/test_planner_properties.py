@@ -1,5 +1,8 @@
 """Every prompt token has one origin, chunks partition a plan, and charges behave like costs."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +43,54 @@ def plans(draw):
     exact_len = draw(st.integers(0, segments[0].start if segments else 20))
     prompt_len = max(end, exact_len) + draw(st.integers(1, 40))
     return ReusePlan(prompt_len, exact_len, segments, draw(st.integers(0, 30)))
+
+
+@st.composite
+def blended_plans(draw):
+    """Plans whose segments have contexts and up to three other donors, bare ones among them."""
+    segments = []
+    for segment in draw(segment_lists()):
+        others = []
+        for _ in range(draw(st.integers(0, 3))):
+            low, high = sorted(draw(st.tuples(*(st.integers(segment.start, segment.end),) * 2)))
+            if low < high:
+                place = draw(st.tuples(st.integers(4, 9), st.integers(0, 400)))
+                others.append(Segment(*place, low, high - low, draw(st.integers(0, low))))
+        context = draw(st.sampled_from([0, segment.start]) | st.integers(0, segment.start))
+        segments.append(replace(segment, context=context, others=tuple(others)))
+    end = segments[-1].end if segments else 0
+    return ReusePlan(end + draw(st.integers(1, 40)), 0, tuple(segments), draw(st.integers(0, 30)))
+
+
+def plain_rows(plan, start, end, strategy, config, layers):
+    """`rows_per_layer` by its definition: a walk over every token, and over every segment's part of the chunk."""
+    parts = [part for s in plan.segments if (part := s.clip(start, end)) is not None]
+    heads = [p for s in plan.segments for p in range(s.start, s.end)[: plan.forced_head] if start <= p < end]
+    rows, reused, forced = end - start, sum(part.length for part in parts), len(heads)
+    fresh = rows - reused
+    per_layer, current, checks = [], rows, list(strategy.checks(config, layers))
+    if not checks:
+        share = {"full": 1.0, "naive": 0.0}.get(strategy.name, config.ratio)
+        doubtful = sum(part.length * part.foreign**0.5 for part in parts)
+        current = fresh + max(forced, math.ceil(share * (doubtful if strategy.by_doubt and share < 1 else reused)))
+    alone = sum(part.length * (-1 if part.lone else 1) for part in parts) < 0
+    looking = strategy.first_pass(layers).stop if strategy.first_pass and alone else 0
+    for layer in range(layers):
+        per_layer.append(min(rows, current + (fresh if layer < looking else 0)))
+        while checks and checks[0].layer == layer:
+            current = fresh + max(forced, math.ceil(checks.pop(0).share * reused))
+    return per_layer
+
+
+def plain_end(plan, start, budget, end, charge):
+    """`end_for_budget` by its definition."""
+    if charge(start, end) <= budget:
+        return end
+    low, high = start, end
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if charge(start, middle) <= budget else (low, middle - 1)
+    return low
 
 
 @st.composite
@@ -100,6 +151,40 @@ def test_rows_never_grow_with_depth_and_never_exceed_ordinary(plan, config, laye
     assert len(rows) == layers and rows == sorted(rows, reverse=True)
     assert plan.fresh_len <= rows[-1] and rows[0] <= plan.prompt_len - plan.exact_len
     assert expected_cells(plan, strategy, config, layers) == sum(rows)
+
+
+@given(blended_plans(), configs, layer_counts, st.data())
+def test_any_chunk_costs_what_a_walk_over_it_finds(plan, config, layers, data):
+    """Sums over the segments are kept; a chunk's share of them is the same to the last token."""
+    strategy = get(config.strategy)
+    edges = st.sampled_from([edge for s in plan.segments for edge in (s.start, s.end)] or [0])
+    start, end = sorted(data.draw(st.tuples(*(edges | st.integers(0, plan.prompt_len),) * 2)))
+    assert rows_per_layer(plan, start, end, strategy, config, layers) == plain_rows(
+        plan, start, end, strategy, config, layers
+    )
+    parts = [part for s in plan.segments if (part := s.clip(start, end)) is not None]
+    assert list(plan.clip(start, end)) == parts
+    counts = plan.counts(start, end)
+    assert counts.copied == sum(place.length for part in parts for place in part.places)
+    assert math.isclose(counts.doubtful, sum(part.length * part.foreign**0.5 for part in parts))
+    assert counts.forced == len(plan.forced_positions(start, end))
+    assert counts.reused == plan.reused_mask(start, end).sum() == sum(part.length for part in parts)
+    assert plan.reused_len == sum(s.length for s in plan.segments)
+    assert plan.copied_len == sum(place.length for s in plan.segments for place in s.places)
+
+
+@given(blended_plans(), configs, layer_counts, st.data())
+def test_a_chunk_ends_where_a_walk_over_it_says(plan, config, layers, data):
+    strategy, costs = get(config.strategy), costs_of(layers)
+
+    def charge(start, end):
+        return -(-sum(plain_rows(plan, start, end, strategy, config, layers)) // layers)
+
+    start, whole = sorted(data.draw(st.tuples(*(st.integers(0, plan.prompt_len),) * 2)))
+    budget = data.draw(st.integers(0, plan.prompt_len))
+    session = Session("r", plan.prompt_len, 0, config, plan, Reason.NONE)
+    assert session.end_for_budget(start, budget, whole, costs) == plain_end(plan, start, budget, whole, charge)
+    assert session.charge(start, whole, costs) == charge(start, whole)
 
 
 def costs_of(layers) -> CostModel:

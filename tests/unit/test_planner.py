@@ -7,6 +7,7 @@ import pytest
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.planner import CostModel, build_plan, expected_cells, rows_per_layer
+from kvshare_sched.session import Session
 from kvshare_sched.strategies import get, names
 from kvshare_sched.types import Namespace, Reason, RequestView, ReusePlan, Segment
 
@@ -121,6 +122,35 @@ def test_chunks_without_reuse_cost_ordinary_rows():
     assert rows_per_layer(made, 150, 300, get("kvshare"), CONFIG, 4) == [150] * 4
     assert rows_per_layer(made, 0, 50, get("naive"), CONFIG, 4) == [50] * 4
     assert rows_per_layer(made, 60, 60, get("kvshare"), CONFIG, 4) == [0] * 4
+
+
+def cut_prompt(segments: int) -> ReusePlan:
+    """Segments of 40 tokens with two donors each, 40 fresh tokens before each."""
+    others = lambda at: (Segment(2, 5000, at, 40), Segment(3, 9000, at + 10, 20))  # noqa: E731
+    found = tuple(Segment(1, 1000 + at, at, 40, at // 2, others(at)) for at in range(40, 80 * segments, 80))
+    return ReusePlan(80 * segments + 100, 0, found, forced_head=4)
+
+
+def test_a_pass_looks_at_the_segments_it_cuts_however_many_there_are(monkeypatch):
+    """The scheduler asks some twenty times a pass what a piece of a long prompt costs, and waits for each answer."""
+    clips, foreign, config = [], [], KVShareConfig(ratio=0.2)
+    clip, share = Segment.clip, Segment.foreign.fget
+    monkeypatch.setattr(Segment, "clip", lambda *args: clips.append(1) or clip(*args))
+    monkeypatch.setattr(Segment, "foreign", property(lambda segment: foreign.append(1) or share(segment)))
+
+    def work(segments: int) -> tuple[int, int]:
+        made = cut_prompt(segments)
+        session = Session("r", made.prompt_len, 0, config, made, Reason.NONE)
+        clips.clear()
+        foreign.clear()
+        assert 0 < session.end_for_budget(7, made.prompt_len // 3, made.prompt_len, CHEAP) < made.prompt_len
+        assert session.charge(50, 150, CHEAP) < 100
+        return len(clips), len(foreign)
+
+    charges = 2 + math.ceil(math.log2(80 * 500 + 100)) + 1
+    for segments in (50, 500):
+        cut, asked = work(segments)
+        assert cut <= (1 + 2) * 2 * charges and asked <= 2 * charges  # with its other donors; both ends of a chunk
 
 
 def test_planning_is_deterministic():

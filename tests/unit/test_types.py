@@ -1,7 +1,7 @@
 """The records check themselves when they are made, and answer questions about ranges correctly."""
 
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -119,6 +119,31 @@ def test_plan_questions():
         (20, 29, third),
         (29, 30, None),
     ]
+
+
+def test_a_chunk_is_answered_for_by_its_own_segments(monkeypatch):
+    plan = ReusePlan(10_100, 0, tuple(Segment(i, 0, 100 * i, 40) for i in range(100)), forced_head=2)
+    looked = set()
+
+    def look(segment, name):
+        looked.add(object.__getattribute__(segment, "start"))
+        return object.__getattribute__(segment, name)
+
+    monkeypatch.setattr(Segment, "__getattribute__", look)
+    assert plan.reused_mask(510, 720).sum() == 30 + 40 + 20 and looked <= {500, 600, 700}
+    assert plan.forced_positions(501, 720).tolist() == [501, 600, 601, 700, 701] and looked <= {500, 600, 700}
+    assert [s.donor_id for s in plan.clip(510, 720)] == [5, 6, 7] and looked <= {500, 510, 600, 700}
+    looked.clear()
+    assert plan.counts(510, 9020)[:3] == (30 + 84 * 40 + 20, 2 * 85, 30 + 84 * 40 + 20) and looked <= {500, 510, 9000}
+    assert plan.reused_len == plan.copied_len == 4000 and looked <= {500, 510, 9000}
+
+
+def test_a_plan_made_from_another_counts_its_own_segments():
+    plan = ReusePlan(100, 0, (Segment(0, 50, 10, 20), Segment(1, 0, 40, 20)), forced_head=3)
+    left = replace(plan, segments=plan.segments[1:])
+    assert left.counts(0, 100) == plan.counts(30, 100) == (20, 3, 20, 20, 20) and left.reused_len == 20
+    assert plan == ReusePlan(100, 0, plan.segments, 3) != left and "_sums" not in repr(plan)
+    assert plan.counts(60, 60) == plan.counts(15, 15) == plan.counts(50, 20) == (0, 0, 0, 0, 0)
 
 
 def test_plan_without_segments_is_all_exact_or_fresh():

@@ -63,7 +63,7 @@ class KVShareConfig:
     repair_order: str = _setting(
         "fifo", "", "which come first; only fifo ends at exact KV", choices=REPAIR_ORDERS, request=True
     )
-    index_tokens: int = _setting(2_000_000, "tokens", "donor tokens indexed at most, about 46 bytes each", low=1024)
+    index_tokens: int = _setting(2_000_000, "tokens", "donor tokens indexed at most, about 35 bytes each", low=1024)
 
     audit_share: float = _setting(
         0.02, "share of approximate requests", "prefilled again in full and compared when idle", low=0.0, high=1.0

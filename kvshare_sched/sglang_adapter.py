@@ -165,7 +165,8 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     session.tenant = tenant_of(namespace_of(req))
     session.probe, session.audit = is_probe(req), pipeline.auditor.owns(req)
     session.partial = session.audit and pipeline.auditor.partial
-    if has_chunked_req and not _fits_whole(pipeline, session, adder, req):
+    # SGLang keeps one cut prompt and tells of one from an earlier pass; one from this pass counts as well.
+    if (has_chunked_req or adder.new_chunked_req is not None) and not _fits_whole(pipeline, session, adder, req):
         pipeline.withdraw(session)
         return _other()
     budget = adder.rem_chunk_tokens

@@ -16,6 +16,7 @@ from kvshare_sched.config import KVShareConfig
 from kvshare_sched.metrics import ShareMetrics
 from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.series import ORIGINS
+from kvshare_sched.session import session_of
 from kvshare_sched.types import Reason
 
 
@@ -36,7 +37,7 @@ def request(rid: str = "r", prompt: int = 5, wish: object = None, **more) -> Sim
 class Adder:
     """Takes every request; no limits."""
 
-    rem_chunk_tokens = chunked_req_limit = None
+    rem_chunk_tokens = chunked_req_limit = new_chunked_req = None
     rem_input_tokens = 0
 
     def __init__(self, pipeline):
@@ -54,7 +55,7 @@ def world():
 
     def run(req) -> None:
         sglang_adapter.add_one_req(Adder.add_one_req, Adder(pipeline), req, False)
-        pipeline.release(req.rid)
+        pipeline.release(session_of(req))
 
     def counted() -> tuple[float, float]:
         """(requests, prompt tokens) on /metrics."""

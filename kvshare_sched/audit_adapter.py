@@ -33,8 +33,7 @@ def on_idle(original, scheduler, *args, **kwargs):
     neither checks nor sleeps, so the next pass runs it.
     """
     auditor = _auditor(scheduler.tree_cache)
-    # An engine that has given its memory away is idle too, and can compute nothing.
-    if auditor is not None and scheduler.is_fully_idle() and not scheduler.weight_updater.offload_tags:
+    if auditor is not None and scheduler.is_fully_idle() and _may_compute(scheduler, auditor):
         allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
         room = min(
             allocator.available_size() + cache.full_evictable_size() - 2 * scheduler.page_size,
@@ -43,6 +42,11 @@ def on_idle(original, scheduler, *args, **kwargs):
         if (audit := auditor.start(room)) is not None:
             _send(scheduler, auditor, audit)
     return original(scheduler, *args, **kwargs)
+
+
+def _may_compute(scheduler, auditor: Auditor) -> bool:
+    """An engine that has given its memory away is idle too; and an operator may be waiting."""
+    return not scheduler.weight_updater.offload_tags and not auditor.held_back
 
 
 def _send(scheduler, auditor: Auditor, audit: Audit) -> None:
@@ -103,7 +107,9 @@ def _withdrawn(scheduler, auditor: Auditor) -> bool:
             scheduler._release_aborted_request(piece)
             auditor.withdrawn()
             break
-    return auditor.piece is None
+    # SGLang takes a batch for running until the pass after it.
+    last = scheduler.last_batch.reqs if scheduler.last_batch is not None else ()
+    return auditor.piece is None and not any(s is not None and s.audit for s in map(session_of, last))
 
 
 def stream_output(original, streamer, reqs, *args, **kwargs):

@@ -52,13 +52,13 @@ def wire(cache, ctx):
     desk = Desk(BorrowLog(config.borrow_log) if records else None)
     pipeline = Pipeline(config, DonorTree(cache), costs, metrics, desk=desk)
     Executor(pipeline, runner, cos_sin, neox).install()
-    hooks = scheduler_hooks()
     if config.audit_share > 0 and config.mode == "on":
         pipeline.auditor.agree = functools.partial(group.broadcast_object, src=0)
         audit_adapter.watch(pipeline.auditor, runner.model)
-        hooks |= audit_adapter.hooks()
     queue = queue_adapter.create(config, ctx, pipeline, metrics)
-    for seam, hook in queue_adapter.hooks().items() if queue is not None else ():
+    # All of them, whatever is switched on: SGLang hooks a place once a process, and each looks at its engine's cache.
+    hooks = scheduler_hooks() | audit_adapter.hooks()
+    for seam, hook in queue_adapter.hooks().items():
         hooks[seam] = _outside(hook, hooks[seam]) if seam in hooks else hook
     if config.tenants_file:
         hooks |= gate.hooks()

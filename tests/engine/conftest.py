@@ -27,3 +27,9 @@ def flat(tmp_path_factory) -> Path:
 def quiet():
     """SGLang logs every pass; failures carry what matters."""
     logging.getLogger("sglang").setLevel(logging.WARNING)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory) -> Path:
+    """Other weights of the same shapes."""
+    return models.write_llama(tmp_path_factory.mktemp("other"), seed=1)

@@ -36,6 +36,9 @@ class DecodeRepair:
         self.model = model_runner.model
         self.witness = witness
         self._ordinary = ordinary
+        # Every row is a sequence. Backends on a GPU hold tables of as many as SGLang runs at once.
+        on_gpu = model_runner.device != "cpu"
+        self.rows = model_runner.req_to_token_pool.size if on_gpu else 1 << 30
         self.check_layer = min(pipeline.config.check_layer, len(self.model.model.layers) - 1)
 
     def waiting(self, batch) -> dict[int, Session]:
@@ -63,15 +66,21 @@ class DecodeRepair:
     def _run(self, waiting, input_ids, positions, batch):
         started = time.perf_counter()
         self._look_ahead(waiting, input_ids, positions, batch)
-        chosen = {row: s.repair.next(s.approximate_from) for row, s in waiting.items()}
+        chosen, free = {}, self.rows - batch.batch_size
+        for row, session in waiting.items():
+            chosen[row] = session.repair.next(session.approximate_from)[: max(0, free)]
+            free -= len(chosen[row])
+        chosen = {row: positions for row, positions in chosen.items() if len(positions)}
+        if not chosen:
+            return self._ordinary(input_ids, positions, batch)
         tokens = np.concatenate([waiting[row].repair.tokens[p] for row, p in chosen.items()])
         view, rows = self._with_rows(input_ids, positions, batch, chosen, tokens)
         prepared = time.perf_counter() - started
         lagged = {int(rows[row]): s for row, s in waiting.items() if s.repair.order == "lagged"}
         with self._original_logits(input_ids, batch, rows), self._noting_attention(view, lagged):
             output = self._ordinary(view.input_ids, view.positions, view)
-        for row, session in waiting.items():
-            self.pipeline.repaired(session, chosen[row], prepared / len(waiting))
+        for row, repaired in chosen.items():
+            self.pipeline.repaired(waiting[row], repaired, prepared / len(chosen))
         return output
 
     def _look_ahead(self, waiting, input_ids, positions, batch) -> None:

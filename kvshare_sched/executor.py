@@ -55,7 +55,8 @@ def _brings_more(args, kwargs) -> bool:
 class Executor:
     """Wraps one rank's model; `forward` has the signature of the model's own."""
 
-    def __init__(self, pipeline: Pipeline, model_runner, cos_sin: torch.Tensor, neox: bool):
+    def __init__(self, pipeline: Pipeline, model_runner, cos_sin: torch.Tensor, neox: bool, chunk: int = 0):
+        """chunk: prefill tokens of one pass, as SGLang has been told; 0: prompts are not cut."""
         self.pipeline = pipeline
         self.model_runner = model_runner
         self.model = model_runner.model
@@ -65,6 +66,7 @@ class Executor:
         self.assembly = Assembly(pipeline, self.witness, len(self.layers), cos_sin, neox)
         self._ordinary = self.model.forward
         self.row_attention = row_attention.create(model_runner, self.witness.attention) if cos_sin.is_cuda else None
+        self.piece = chunk if chunk > 0 else 1 << 30  # rows that SGLang runs at once
         self.repair = DecodeRepair(pipeline, model_runner, self.witness, self._ordinary)
 
     def install(self) -> None:
@@ -92,13 +94,56 @@ class Executor:
             logger.exception("kvshare: reuse failed for a batch of %d; ordinary prefill", len(chunks))
             for chunk in chunks:
                 self.pipeline.abandon(chunk.session)
-            forward_batch.residual_stream = None
-            self.model_runner.attn_backend.init_forward_metadata(forward_batch)
-            adapters.restore(self.model_runner, forward_batch)
-        output = self._ordinary(input_ids, positions, forward_batch, *args, **kwargs)
+            self._start_over(forward_batch)
+        output = self._all_rows(input_ids, positions, forward_batch, *args, **kwargs)
         for chunk in chunks:
             chunk.session.cells += (chunk.end - chunk.start) * len(self.layers)
         self._settle(chunks)
+        return output
+
+    def _start_over(self, batch: ForwardBatch) -> None:
+        """SGLang's own batch, as it came."""
+        batch.residual_stream = None
+        self.model_runner.attn_backend.init_forward_metadata(batch)
+        adapters.restore(self.model_runner, batch)
+
+    def _all_rows(self, input_ids, positions, batch: ForwardBatch, *args, **kwargs):
+        """Every row through every layer."""
+        if len(input_ids) > self.piece and not _brings_more(args, kwargs):
+            try:
+                return self._in_pieces(input_ids, positions, batch)
+            except Exception:
+                logger.exception("kvshare: %d rows could not be computed in pieces", len(input_ids))
+                self._start_over(batch)
+        return self._ordinary(input_ids, positions, batch, *args, **kwargs)
+
+    @torch.no_grad()
+    def _in_pieces(self, input_ids, positions, batch: ForwardBatch):
+        """The model's own forward over the rows of a batch, `piece` at a time.
+
+        A batch that was to reuse holds several times the rows that SGLang has kept memory for.
+        """
+        rows, read = np.arange(len(input_ids)), self._read_rows(batch, np.arange(len(input_ids)))
+        full, output = None, None
+        for piece in np.split(rows, range(self.piece, len(rows), self.piece)):
+            view, wanted = self._select(batch, input_ids, positions, piece), np.intersect1d(piece, read)
+
+            def collect(module, args, view=view, piece=piece, wanted=wanted):
+                nonlocal full
+                _, hidden, head, _, *rest = args
+                if full is None:
+                    full = hidden.new_zeros((len(input_ids), hidden.shape[1]))
+                full[on_device(wanted, input_ids)] = hidden[on_device(wanted - piece[0], input_ids)]
+                if piece[-1] < rows[-1]:
+                    return (view.input_ids, hidden, head, view, *rest)
+                adapters.restore(self.model_runner, batch)
+                return (input_ids, full, head, batch, *rest)
+
+            hook = self.model.logits_processor.register_forward_pre_hook(collect)
+            try:
+                output = self._span(view, 0, len(self.layers))
+            finally:
+                hook.remove()
         return output
 
     def _leave_out(self, batch: ForwardBatch, more: bool) -> None:

@@ -35,6 +35,7 @@ def wire(cache, ctx):
 
     Raises ConfigError or UnsupportedError: the server must not start half wired.
     """
+    from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.distributed import get_tp_group
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -51,7 +52,8 @@ def wire(cache, ctx):
     records = config.tenants_file and ctx.tp_rank == 0
     desk = Desk(BorrowLog(config.borrow_log) if records else None)
     pipeline = Pipeline(config, DonorTree(cache), costs, metrics, desk=desk)
-    Executor(pipeline, runner, cos_sin, neox).install()
+    chunk = resolved_view(ctx.server_args).chunked_prefill_size or 0
+    Executor(pipeline, runner, cos_sin, neox, chunk).install()
     if config.audit_share > 0 and config.mode == "on":
         pipeline.auditor.agree = functools.partial(group.broadcast_object, src=0)
         audit_adapter.watch(pipeline.auditor, runner.model)

@@ -57,7 +57,7 @@ class Bench:
         self.loop = loop
         self.tickets: list[Ticket] = []  # in the order sent
         self.answers: list = []  # to control requests
-        self.passes = 0
+        self.passes = self.tokens = 0  # made; sent to clients
         self._inbox: list = []
         self._numbers = itertools.count()
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
@@ -168,6 +168,7 @@ class Bench:
         for at, address in enumerate(payload.http_worker_ipcs):
             ticket = self.tickets[int(address)]
             ticket.output += list(payload.output_ids[at])
+            self.tokens += len(payload.output_ids[at]) + (payload.finished_reasons[at] is not None)
             reports = ((custom or {}).get("kvshare") or [None] * len(payload.rids))[at]
             for report in reports if isinstance(reports, list) else [reports]:
                 ticket.report = report if report is not None else ticket.report

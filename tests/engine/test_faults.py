@@ -338,3 +338,83 @@ def test_an_answer_of_no_token_carries_its_report(deep, loop, stream, tokens):
         second = engine.send(text(3, 60) + document + text(4, 20), tokens=tokens, stream=stream)
         engine.run()
         assert second.report["outcome"] == "reused" and len(second.output) == tokens
+
+
+# ---- what a GPU's memory is kept for ----
+
+
+@loops
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_a_batch_that_fails_is_computed_in_pieces_that_sglang_has_kept_memory_for(deep, loop, logprobs, monkeypatch):
+    from kvshare_sched.assembly import Assembly
+    from kvshare_sched.executor import Executor
+
+    chunk, document = 64, text(1, 300)
+    with watched(deep, loop=loop, chunk=chunk, settings={"audit_share": 0}) as engine:
+        for part in range(0, 300, 60):
+            engine.send(text(2, 5) + document[: part + 60])
+            engine.run()
+        engine.send(text(2, 5) + document)
+        engine.run()
+
+        def broken(*_):
+            raise RuntimeError("out of memory")
+
+        ran, ordinary = [], Executor._span
+        monkeypatch.setattr(Assembly, "copy", broken)
+        monkeypatch.setattr(
+            Executor, "_span", lambda self, view, *layers: ran.append(len(view.input_ids)) or ordinary(self, view, *layers)
+        )
+        engine.checker.injected = 1
+        failed = engine.send(text(3, 20) + document + text(4, 5))
+        if logprobs:  # rows whose output SGLang reads, in the same batch
+            scored = {"return_logprob": True, "logprob_start_len": 0, "custom": {"kvshare": "off"}}
+            engine.send(text(5, 60), tokens=1, **scored)
+        engine.run()
+        assert failed.report["reason"] == "error" and len(failed.output) == 4
+        assert ran and max(ran) <= chunk, ran
+
+
+def test_repair_rows_leave_a_gpus_tables_their_size(deep):
+    """As many sequences as SGLang runs at once, whatever requests ask for."""
+    document = text(1, 300)
+    with watched(deep, settings={"audit_share": 0}) as engine:
+        engine.send(text(2, 5) + document)
+        engine.run()
+        executor = engine.bench.runner.model.forward.__self__
+        executor.repair.rows, sizes = 16, []
+        make = executor.repair._with_rows
+
+        def seen(*args):
+            view, rows = make(*args)
+            sizes.append(view.batch_size)
+            return view, rows
+
+        executor.repair._with_rows = seen
+        custom = {"kvshare": {"repair_rows": 40}}
+        for seed in (3, 4):
+            engine.send(text(seed, 60) + document + text(seed, 20), custom=custom, tokens=40)
+        engine.run()
+        assert sizes and max(sizes) <= 16
+
+
+@loops
+def test_the_fence_on_shared_tables_covers_what_a_reuse_batch_reads_in_its_layers(deep, loop):
+    document = text(1)
+    with watched(deep, loop=loop, settings={"audit_share": 0}) as engine:
+        engine.send(text(2, 5) + document)
+        engine.run()
+        runner, fences = engine.bench.runner, []
+        inner = runner.model.forward
+
+        def forward(*args, **kwargs):
+            runner.shared_read_done_event = "SGLang's, before the layers"
+            output = inner(*args, **kwargs)
+            fences.append((args[2].forward_mode.is_extend(), runner.shared_read_done_event))
+            runner.shared_read_done_event = None
+            return output
+
+        runner.model.forward = forward
+        engine.send(text(3, 60) + document + text(4, 20))
+        engine.run()
+        assert fences[0] == (True, None) and fences[-1] == (False, "SGLang's, before the layers")

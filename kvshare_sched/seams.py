@@ -49,6 +49,24 @@ _ADDER = f"{_POLICY}.PrefillAdder"
 _SCHEDULER = f"{_SRT}.managers.scheduler.Scheduler"
 _OPENAI = f"{_SRT}.entrypoints.openai"
 
+_UPDATER = f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_WEIGHT_UPDATES = (
+    "update_weights_from_disk",
+    "update_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+    "begin_weight_update",
+    "end_weight_update",
+)
+_FROM_CLIENTS = (
+    "TokenizedEmbeddingReqInput",
+    "BatchTokenizedGenerateReqInput",
+    "BatchTokenizedEmbeddingReqInput",
+    "AbortReq",
+    "OpenSessionReqInput",
+    "CloseSessionReqInput",
+)
+
 SEAMS = (
     # be loaded
     Seam(f"{_SRT}.plugins.load_plugins"),
@@ -86,6 +104,7 @@ SEAMS = (
     ),
     Seam(f"{_CACHE}.checkpoint", ("req", "up_to")),
     Seam(f"{_CACHE}.on_release", ("req", "checkpointed")),
+    Seam(f"{_CACHE}.claim_kv_row", ("req",)),
     Seam(f"{_CACHE}.reset"),
     Seam(f"{_CACHE}.path_device_indices", ("node",)),
     Seam(f"{_CACHE}.touch_prefix", ("key",)),
@@ -133,6 +152,7 @@ SEAMS = (
         ),
         kind="members",
     ),
+    Seam(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch.init_new", ("batch",)),
     Seam(f"{_SRT}.lora.lora_manager.LoRAManager.prepare_lora_batch", ("forward_batch",)),
     Seam(
         f"{_SRT}.models.llama.LlamaForCausalLM.forward_split_prefill",
@@ -164,11 +184,22 @@ SEAMS = (
     Seam(f"{_SCHEDULER}.on_idle", ("self",)),
     Seam(f"{_SCHEDULER}.is_fully_idle", ("self",)),
     Seam(f"{_SCHEDULER}.handle_generate_request", ("recv_req",)),
+    # what operators ask: nothing of ours runs, and nothing of earlier weights is lent
+    Seam(f"{_SCHEDULER}.process_input_requests", ("self", "recv_reqs")),
+    Seam(f"{_SCHEDULER}._release_aborted_request", ("req",)),
+    Seam(f"{_UPDATER}", ("scheduler", "offload_tags"), kind="members"),
+    *(Seam(f"{_UPDATER}.{name}", ("self", "recv_req")) for name in _WEIGHT_UPDATES),
+    *(Seam(f"{_SRT}.managers.io_struct.{name}") for name in _FROM_CLIENTS),
     Seam(f"{_SCHEDULER}.unload_lora_adapter", ("self", "recv_req")),
     Seam(f"{_SRT}.managers.io_struct.UnloadLoRAAdapterReqInput", ("lora_id",), kind="members"),
     Seam(
         f"{_SRT}.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
         ("reqs", "return_logprob", "skip_req"),
+    ),
+    Seam(
+        f"{_SRT}.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+        ".is_request_level_customized_info_key",
+        ("self", "key"),
     ),
     Seam(
         f"{_SRT}.managers.io_struct.TokenizedGenerateReqInput",

@@ -18,7 +18,7 @@ PHASES = (*REPORTED_PHASES, "index", "repair")
 # Every pair that can occur. (reused, error): a later chunk of a long prompt failed and ran as ordinary prefill.
 LABELS = (
     (Outcome.REUSED, Reason.NONE),
-    (Outcome.REUSED, Reason.ERROR),
+    *((Outcome.REUSED, reason) for reason in (Reason.ERROR, Reason.MIXED_INPUT, Reason.DONOR_LOST)),  # half-way
     (Outcome.DISCOVERED, Reason.NONE),
     *((Outcome.ORDINARY, reason) for reason in Reason if reason is not Reason.NONE),
 )
@@ -32,6 +32,8 @@ AUDIT_RESULTS = (
     ("dropped", "queue_full"),
     ("dropped", "no_room"),
     ("dropped", "unloaded"),
+    ("dropped", "flushed"),
+    ("dropped", "weights"),  # other weights answered
     ("dropped", "lost"),  # aborted
 )
 SPANS = ("first", "sent")

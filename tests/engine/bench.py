@@ -224,7 +224,7 @@ def running(
     words = ["--model-path", str(model), "--skip-tokenizer-init", "--device", "cpu", "--dtype", "float32"]
     words += ["--attention-backend", "kvshare_cpu", "--radix-cache-backend", "kvshare"]
     words += ["--max-total-tokens", str(pool), "--chunked-prefill-size", str(chunk), "--page-size", str(page)]
-    words += ["--max-running-requests", "16", "--context-length", "4096", "--random-seed", "0", *arguments]
+    words += ["--log-level", "error", "--max-running-requests", "16", "--context-length", "4096", "--random-seed", "0", *arguments]
     words += ["--disable-overlap-schedule"] if loop == "normal" else []
     environment = {f"KVSHARE_{name.upper()}": str(value) for name, value in (settings or {}).items()}
 

@@ -212,6 +212,7 @@ def running(
     arguments: Sequence[str] = (),
 ) -> Iterator[Bench]:
     """A started engine on the model in a folder. settings: KVSHARE_* without the prefix, in lower case."""
+    from sglang.srt.arg_groups.lora_hook import check_lora_server_args
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import SpawnRanks, publish, reset_context
@@ -224,7 +225,17 @@ def running(
     words = ["--model-path", str(model), "--skip-tokenizer-init", "--device", "cpu", "--dtype", "float32"]
     words += ["--attention-backend", "kvshare_cpu", "--radix-cache-backend", "kvshare"]
     words += ["--max-total-tokens", str(pool), "--chunked-prefill-size", str(chunk), "--page-size", str(page)]
-    words += ["--log-level", "error", "--max-running-requests", "16", "--context-length", "4096", "--random-seed", "0", *arguments]
+    words += [
+        "--log-level",
+        "error",
+        "--max-running-requests",
+        "16",
+        "--context-length",
+        "4096",
+        "--random-seed",
+        "0",
+        *arguments,
+    ]
     words += ["--disable-overlap-schedule"] if loop == "normal" else []
     environment = {f"KVSHARE_{name.upper()}": str(value) for name, value in (settings or {}).items()}
 
@@ -233,9 +244,11 @@ def running(
 
     with mock.patch.dict(os.environ, environment), mock.patch.object(wiring, "_measure_costs", prices):
         server_args = prepare_server_args(words)
-        publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
-        scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
+        check_lora_server_args(server_args)
+        scheduler = None
         try:
+            publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
+            scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
             bench = Bench(scheduler, loop)
             scheduler.request_receiver = bench
             for sender in (scheduler.ipc_channels.send_to_detokenizer, scheduler.ipc_channels.send_to_tokenizer):
@@ -255,10 +268,11 @@ def _end(scheduler) -> None:
     """Give back what the next engine in this process needs: process groups and sockets."""
     from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
-    channels = scheduler.ipc_channels
-    sockets = (channels.recv_from_tokenizer, channels.recv_from_rpc)
-    for socket in (*sockets, channels.send_to_tokenizer.socket, channels.send_to_detokenizer.socket):
-        if socket is not None:
-            socket.close(linger=0)
+    if scheduler is not None:  # else it refused to start
+        channels = scheduler.ipc_channels
+        sockets = (channels.recv_from_tokenizer, channels.recv_from_rpc)
+        for socket in (*sockets, channels.send_to_tokenizer.socket, channels.send_to_detokenizer.socket):
+            if socket is not None:
+                socket.close(linger=0)
     destroy_model_parallel()
     destroy_distributed_environment()

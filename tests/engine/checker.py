@@ -9,6 +9,7 @@ import gc
 import logging
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 from bench import Bench, Ticket
@@ -38,16 +39,27 @@ class _Complaints(logging.Handler):
 class Checker:
     """Watches one engine. `flat`: reuse must be exact on its model, so every answer is compared."""
 
-    def __init__(self, bench: Bench, reference: Reference, *, flat: bool):
-        self.bench, self.reference, self.flat = bench, reference, flat
+    def __init__(
+        self, bench: Bench, reference: Reference, adapted: Mapping[str, Reference] | None = None, *, flat: bool
+    ):
+        """adapted: the reference under each adapter, by its `lora_id`."""
+        self.bench, self.flat = bench, flat
+        self.use(reference, adapted)
         self.injected = 0  # failures that the test has put into our steps
         self.tree_checked = self.answers_checked = 0
         self.stale = False  # the tree holds KV of weights that are gone
         self._done: set[int] = set()
-        self._settled: dict[int, tuple[int, int]] = {}  # ticket -> what of it was compared in the tree: length, slots
         self._log = _Complaints()
         logging.getLogger("kvshare_sched").addHandler(self._log)
         logging.getLogger("radix_ext").addHandler(self._log)
+
+    def use(self, reference: Reference, adapted: Mapping[str, Reference] | None = None) -> None:
+        """The weights are these from now on."""
+        self._references = {None: reference, **(adapted or {})}
+        self._settled: dict[int, tuple[int, int]] = {}  # ticket -> what of it was compared in the tree: length, slots
+
+    def truth(self, ticket: Ticket, tokens: list[int]):
+        return self._references[ticket.sent.get("lora_id")](tokens)
 
     def close(self) -> None:
         logging.getLogger("kvshare_sched").removeHandler(self._log)
@@ -99,11 +111,11 @@ class Checker:
 
     def _tokens(self, ticket: Ticket) -> None:
         """Each token is the likeliest after what stands before it, as the reference sees it."""
-        if self.stale or ticket.sent.get("lora_id"):
+        if self.stale:
             return
         self.answers_checked += 1
         text, start = ticket.prompt + ticket.output, len(ticket.prompt)
-        truth = self.reference(text)
+        truth = self.truth(ticket, text)
         for at, token in enumerate(ticket.output):
             row = truth.logits[start + at - 1]
             if row.max() - row[token] > LOGIT_TOLERANCE:
@@ -131,11 +143,12 @@ class Checker:
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
         sent = ticket.sent
-        if self.stale or sent.get("lora_id") or sent.get("session_params") or sent.get("positional_embed_overrides"):
+        if self.stale or sent.get("session_params") or sent.get("positional_embed_overrides"):
             return
         # An answer enters the tree when it ends.
         cache, tokens = self.bench.cache, ticket.prompt + (ticket.output if ticket.finished is not None else [])
-        key = RadixKey(array("q", tokens), sent.get("extra_key"), cache_salt=sent.get("cache_salt"))
+        name = (sent.get("extra_key") or "") + (sent.get("lora_id") or "") or None
+        key = RadixKey(array("q", tokens), name, cache_salt=sent.get("cache_salt"))
         matched, node, _ = cache.tree_core.match_full_device_prefix(key)
         if not matched:
             return
@@ -145,7 +158,7 @@ class Checker:
             return
         self._settled[id(ticket)] = mark
         self.tree_checked += matched
-        truth, pool = self.reference(tokens), self.bench.runner.token_to_kv_pool
+        truth, pool = self.truth(ticket, tokens), self.bench.runner.token_to_kv_pool
         for name, expected, read in (("k", truth.k, pool.get_key_buffer), ("v", truth.v, pool.get_value_buffer)):
             for layer in range(len(expected)):
                 off = np.abs(read(layer)[slots].numpy() - expected[layer, :matched]).max(axis=(1, 2))

@@ -26,11 +26,12 @@ from traffic import Traffic
 
 def machine(folder: Path) -> type[Traffic]:
     """The state machine on models in a folder."""
-    made = {}
-    for kind in ("flat", "deep"):
-        folders = [models.write_llama(folder / f"{kind}-{n}", flat=kind == "flat", seed=n) for n in (0, 1)]
-        made[kind] = (*folders, *(models.Reference(f) for f in folders))
-    return type("SeededTraffic", (Traffic,), {"models": made, "numbers": Counter()})
+    made = {
+        kind: [models.write_llama(folder / f"{kind}-{n}", flat=kind == "flat", seed=n) for n in (0, 1)]
+        for kind in ("flat", "deep")
+    }
+    adapters = [models.write_adapter(folder / f"adapter-{n}", seed=n) for n in (2, 3)]
+    return type("SeededTraffic", (Traffic,), {"models": made, "adapters": adapters, "numbers": Counter()})
 
 
 def run_seed(kind: type[Traffic], number: int, *, examples: int, steps: int, shrink: bool = False) -> None:

@@ -7,6 +7,7 @@ the answer still depends on all of them. On `flat` reuse must be exact, whatever
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 HIDDEN, HEADS, GROUPS, DIM, INNER, VOCABULARY, LAYERS, POSITIONS = 64, 4, 2, 16, 96, 512, 4, 8192
 THETA, EPSILON = 10000.0, 1e-5
+_ADAPTED = ["k_proj", "q_proj", "v_proj"]
 _PROJECTIONS = {
     "self_attn.q_proj": (HEADS * DIM, HIDDEN),
     "self_attn.k_proj": (GROUPS * DIM, HIDDEN),
@@ -52,6 +54,22 @@ def write_llama(folder: Path, *, flat: bool = False, seed: int = 0) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     save_file(_weights(flat, seed), str(folder / "model.safetensors"))
+    return folder
+
+
+def write_adapter(folder: Path, seed: int) -> Path:
+    """An adapter (LoRA) of rank 4 on q, k and v of every layer, so that `flat` stays flat."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = torch.Generator().manual_seed(seed)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": _ADAPTED}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    weights = {}
+    for layer, name in itertools.product(range(LAYERS), _ADAPTED):
+        out, into = _PROJECTIONS[f"self_attn.{name}"]
+        at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+        weights[f"{at}.lora_A.weight"] = torch.randn(4, into, generator=draw) / into**0.5
+        weights[f"{at}.lora_B.weight"] = torch.randn(out, 4, generator=draw) / 4
+    save_file(weights, str(folder / "adapter_model.safetensors"))
     return folder
 
 
@@ -96,8 +114,13 @@ class Truth:
 class Reference:
     """The model of a folder in float64 numpy, written without SGLang: the definition of a Llama."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, adapter: Path | None = None):
         self.weights = {k: v.double().numpy() for k, v in load_file(str(folder / "model.safetensors")).items()}
+        if adapter is not None:
+            deltas = load_file(str(adapter / "adapter_model.safetensors"))
+            for name in {key.rsplit(".lora_", 1)[0] for key in deltas}:
+                a, b = (deltas[f"{name}.lora_{side}.weight"].double().numpy() for side in "AB")
+                self.weights[name.removeprefix("base_model.model.") + ".weight"] += 2.0 * b @ a  # lora_alpha / r
         self._known: dict[bytes, Truth] = {}
 
     def __call__(self, tokens) -> Truth:

@@ -190,7 +190,8 @@ def test_replaced_weights_leave_nothing_to_borrow_and_nothing_to_compare(deep, o
             assert answer.success, answer.message
             auditor = engine.bench.pipeline.auditor
             assert not auditor.queue and auditor.running is None
-            engine.checker.reference, engine.checker.stale = Reference(other), not flush
+            engine.checker.use(Reference(other))
+            engine.checker.stale = not flush
             new = engine.send(text(8, 60) + document + text(9, 40))
             engine.run()
             assert new.report["reused"] == 0, "KV of other weights"
@@ -363,7 +364,9 @@ def test_a_batch_that_fails_is_computed_in_pieces_that_sglang_has_kept_memory_fo
         ran, ordinary = [], Executor._span
         monkeypatch.setattr(Assembly, "copy", broken)
         monkeypatch.setattr(
-            Executor, "_span", lambda self, view, *layers: ran.append(len(view.input_ids)) or ordinary(self, view, *layers)
+            Executor,
+            "_span",
+            lambda self, view, *layers: ran.append(len(view.input_ids)) or ordinary(self, view, *layers),
         )
         engine.checker.injected = 1
         failed = engine.send(text(3, 20) + document + text(4, 5))

@@ -7,6 +7,7 @@ can be cut, evicted, retracted or refused is. Every pass is checked (`checker`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 from collections import Counter
@@ -43,6 +44,7 @@ class SetUp:
     repair_order: str
     audit_share: float
     running: int
+    adapters: bool
 
     @property
     def settings(self) -> dict[str, object]:
@@ -55,6 +57,7 @@ class SetUp:
     def arguments(self) -> list[str]:
         words = ["--max-running-requests", str(self.running), "--enable-streaming-session"]
         words += ["--enable-mixed-chunk"] if self.mixed else []
+        words += ["--enable-lora", "--max-lora-rank", "4", "--max-loras-per-batch", "2"] if self.adapters else []
         return words + (["--enable-priority-scheduling"] if self.preempt else [])
 
 
@@ -74,7 +77,14 @@ set_ups = st.builds(
     repair_order=st.sampled_from(["fifo", "lagged", "attention"]),
     audit_share=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
     running=st.sampled_from([4, 8, 16]),
+    adapters=st.sampled_from([False, False, False, True]),
 )
+
+
+@functools.cache
+def reference(folder: Path, adapter: Path | None = None) -> Reference:
+    """One for all engines: it remembers what it has computed."""
+    return Reference(folder, adapter)
 
 
 class Texts:
@@ -102,15 +112,17 @@ class Texts:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Subclass with `models`, a mapping of kind ("flat", "deep") to (folder, folder of other weights, references)."""
+    """Subclass with `models`: kind ("flat", "deep") -> folders of two sets of weights; and `adapters`: two folders."""
 
-    models: dict[str, tuple[Path, Path, Reference, Reference]]
+    models: dict[str, list[Path]]
+    adapters: list[Path]
     numbers: Counter[str] = Counter()  # requests, engines, passes; reports by reason; tokens and answers compared
 
     def __init__(self):
         super().__init__()
         self.open = contextlib.ExitStack()
         self.bench: Bench | None = None
+        self.checker: Checker | None = None
         self.paused = self.released = False
         self.session: tuple[str, Ticket | None] | None = None
         self.counter = itertools.count()
@@ -123,7 +135,8 @@ class Traffic(RuleBasedStateMachine):
 
         self.set_up, self.draw, self.texts = set_up, random.Random(seed), Texts(seed)
         kind = "flat" if set_up.flat else "deep"
-        self.folders, self.references = list(self.models[kind][:2]), list(self.models[kind][2:])
+        self.folders = list(self.models[kind])
+        loras = ["--lora-paths", *(f"{n}={path}" for n, path in enumerate(self.adapters))] if set_up.adapters else []
         self.open.enter_context(envs.SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND.override(set_up.core))
         self.open.enter_context(envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE.override(True))
         self.bench = self.open.enter_context(
@@ -134,19 +147,30 @@ class Traffic(RuleBasedStateMachine):
                 pool=set_up.pool,
                 chunk=set_up.chunk,
                 settings=set_up.settings,
-                arguments=set_up.arguments,
+                arguments=set_up.arguments + loras,
             )
         )
-        self.checker = Checker(self.bench, self.references[0], flat=set_up.flat)
+        self.lora_ids = self._lora_ids() if set_up.adapters else {}
+        self.checker = Checker(self.bench, *self._references(), flat=set_up.flat)
         self.open.callback(self.checker.close)
         self.longest = min(560, set_up.pool // 2 - 120)
         self.numbers["engines"] += 1
+
+    def _lora_ids(self) -> dict[str, Path]:
+        refs = self.bench.runner.lora_manager.lora_refs.values()
+        return {ref.lora_id: self.adapters[int(ref.lora_name)] for ref in refs}
+
+    def _references(self) -> tuple[Reference, dict[str, Reference]]:
+        """Of the weights in force."""
+        return reference(self.folders[0]), {i: reference(self.folders[0], path) for i, path in self.lora_ids.items()}
 
     # ---- requests ----
 
     def _send(self, prompt: list[int], draw: random.Random, **fields) -> Ticket:
         self.numbers["requests"] += 1
         fields.setdefault("extra_key", draw.choice((None, None, None, None, None, None, "a")))
+        if self.lora_ids and "session_params" not in fields:
+            fields.setdefault("lora_id", draw.choice((None, *self.lora_ids)))
         if self.set_up.preempt:
             fields.setdefault("priority", draw.choice((0, 0, 1, 20)))
         fields.setdefault("tokens", draw.choice((1, 1, 2, 2, 4, 4, 9, 24, 70)))
@@ -206,18 +230,20 @@ class Traffic(RuleBasedStateMachine):
         if done:
             ticket = draw.choice(done[-6:])
             prompt = (ticket.prompt + ticket.output + self.texts.prompt(draw, 60))[: self.longest]
-            self._send(prompt, draw, extra_key=ticket.sent.get("extra_key"), cache_salt=ticket.sent.get("cache_salt"))
+            same = {name: ticket.sent.get(name) for name in ("extra_key", "cache_salt", "lora_id")}
+            self._send(prompt, draw, **same)
 
     @precondition(lambda self: not self.released)
     @rule(seed=st.integers(0, 2**32 - 1))
     def several_choices(self, seed: int) -> None:
         """`n` > 1: SGLang fills the cache with a request for no token, then sends the choices."""
         draw = random.Random(seed)
-        prompt, key = self.texts.prompt(draw, self.longest), draw.choice((None, "a"))
-        self._send(prompt, draw, extra_key=key, tokens=0)
+        prompt = self.texts.prompt(draw, self.longest)
+        same = {"extra_key": draw.choice((None, "a")), "lora_id": draw.choice((None, *self.lora_ids))}
+        self._send(prompt, draw, tokens=0, **same)
         self.run_passes(draw.randint(0, 3))
         for _ in range(draw.randint(2, 3)):
-            self._send(prompt, draw, extra_key=key, custom=self._custom(draw))
+            self._send(prompt, draw, custom=self._custom(draw), **same)
 
     def _embeddings(self, draw: random.Random) -> None:
         """Another client's request that puts embeddings of its own in place of some tokens."""
@@ -332,11 +358,9 @@ class Traffic(RuleBasedStateMachine):
         from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
         self.folders.reverse()
-        self.references.reverse()
         answer = self._control(UpdateWeightFromDiskReqInput(model_path=str(self.folders[0]), load_format="auto"))
         assert answer.success, answer.message
-        self.checker.reference = self.references[0]
-        self.checker._settled.clear()
+        self.checker.use(*self._references())
 
     def release_memory(self) -> None:
         from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
@@ -433,7 +457,7 @@ class Traffic(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if self.bench is not None and not self.bench._ended and self.bench._error is None:
+            if self.checker is not None and not self.bench._ended and self.bench._error is None:
                 self._finish()
         finally:
             self.open.close()

@@ -123,6 +123,9 @@ SEAMS = (
     Seam(f"{_SRT}.managers.schedule_policy.CLIP_MAX_NEW_TOKENS"),
     Seam(f"{_ADDER}.ceil_paged_tokens", ("tokens",)),
     Seam(f"{_ADDER}.rem_total_tokens"),
+    Seam(f"{_ADDER}.cur_rem_tokens"),
+    Seam(f"{_ADDER}._get_running_request_total_token_offset", ("req",)),
+    Seam(f"{_SRT}.mem_cache.prefill_budget.PrefillBudget.reserve", ("extend_input_len", "max_new_tokens")),
     Seam(f"{_POLICY}.AddReqResult.OTHER"),
     # the waiting queue
     Seam(f"{_POLICY}.SchedulePolicy.calc_priority", ("waiting_queue", "running_batch", "processed_tokens")),

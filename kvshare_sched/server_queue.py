@@ -103,6 +103,16 @@ class ServerQueue:
             self._failed("admission")
             return True
 
+    def fits(self, req, adder) -> bool:
+        """Whether a request may run beside a prompt that is cut, as far as is known: it cannot be cut itself."""
+        try:
+            if not self._in_force or self._long is None:
+                return True
+            return self._long in adder.can_run_list and self.queue.work(_name(req)) <= adder.rem_chunk_tokens
+        except Exception:
+            self._failed("preemption")
+            return True
+
     def has_room(self, req, adder) -> bool:
         """Whether the KV pool should take a request while others run; asked only of those whose turn it is."""
         try:

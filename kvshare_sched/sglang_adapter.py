@@ -21,6 +21,7 @@ from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
 
 logger = logging.getLogger(__name__)
 REPORT_KEY = "kvshare"  # in customized_info, meta_info and custom_params
+_ROWS = 8  # rows of a pass for every token of its budget, at most
 
 
 # ---- requests ----
@@ -160,6 +161,8 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     args = (has_chunked_req, *args)
     if pipeline is None:
         return original(adder, req, *args, **kwargs)
+    if has_chunked_req and not adder.can_run_list:
+        return _other()  # the cut prompt waits for memory; SGLang takes it to run in any batch there is
     stamp = stamp_of(req, pipeline.config)
     session = pipeline.admit(view_of(req, stamp), req.rid, len(req.origin_input_ids), req.prefix_len, stamp)
     session.tenant = tenant_of(namespace_of(req))
@@ -190,19 +193,52 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     session.on_report = functools.partial(_tell, req, session, pipeline)
     attach(req, session)
     pipeline.begin(session)
+    if adder.new_chunked_req is req:
+        _keep_for_rest(adder, req)
     return result
 
 
 def add_chunked_req(original, adder, req, *args, **kwargs):
-    """Around `PrefillAdder.add_chunked_req`: the same charge for the later chunks of a long prompt."""
+    """Around `PrefillAdder.add_chunked_req`: the same charge for the later chunks of a long prompt, and memory for
+    its rest."""
     pipeline = getattr(adder.tree_cache, "pipeline", None)
-    session = session_of(req) if pipeline is not None else None
-    if session is None or session.plan is None:
+    if pipeline is None:
         return original(adder, req, *args, **kwargs)
-    budget = adder.rem_chunk_tokens
-    if budget is not None and adder.chunked_req_limit is not None:  # it leaves room for shorter prompts
-        budget = min(budget, adder.chunked_req_limit)
-    return _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)[0]
+    unfinished = req
+    if _has_memory(pipeline, adder, req):
+        budget = adder.rem_chunk_tokens
+        if budget is not None and adder.chunked_req_limit is not None:  # it leaves room for shorter prompts
+            budget = min(budget, adder.chunked_req_limit)
+        unfinished, _ = _charged(original, pipeline, session_of(req), adder, req, budget, *args, **kwargs)
+    if unfinished is not None:
+        _keep_for_rest(adder, req)
+    return unfinished
+
+
+def _has_memory(pipeline, adder, req) -> bool:
+    """Whether a cut prompt may go on; else it waits, as SGLang lets prompts wait in other pools, until answers end.
+
+    Its rest was kept for it, so that is rare: answers that go on meanwhile may be longer than SGLang guesses.
+    """
+    rest = adder.ceil_paged_tokens(len(req.full_untruncated_fill_ids) - req.prefix_len)
+    if rest <= adder.cur_rem_tokens:
+        return True
+    if adder.running_batch.reqs:
+        return False
+    pipeline.desk.let_go(pipeline.tree)  # nobody is left who would give memory back
+    room = int(adder.cur_rem_tokens)
+    if 0 < room < adder.rem_chunk_tokens:
+        adder.chunked_req_limit = min(room, adder.chunked_req_limit or room)
+    return room > 0
+
+
+def _keep_for_rest(adder, req) -> None:
+    """Take memory for the rest of a cut prompt, and for its answer, from what a pass may give to others.
+
+    SGLang keeps the chunk of this pass alone: with it a cut prompt uses every pass up, so nobody else comes in.
+    """
+    rest = adder.ceil_paged_tokens(len(req.full_untruncated_fill_ids) - req.extend_end)
+    adder.memory_budget.total_offset += rest + adder._get_running_request_total_token_offset(req)
 
 
 def _fits_whole(pipeline, session, adder, req) -> bool:
@@ -211,7 +247,7 @@ def _fits_whole(pipeline, session, adder, req) -> bool:
     budget = adder.rem_chunk_tokens
     if budget is None:
         return True
-    saved = whole - start - session.charge(start, whole, pipeline.costs)
+    saved = whole - start - _price(pipeline, session, start, whole)
     return adder.ceil_paged_tokens(whole - start) <= budget + saved
 
 
@@ -221,25 +257,44 @@ def _other():
     return AddReqResult.OTHER
 
 
+def _price(pipeline, session, start: int, end: int) -> int:
+    """What a pass is charged for a chunk, in tokens of its budget: what is computed, and something for every row.
+
+    SGLang has kept memory for the activations of one chunk, and check layers run all rows: so a pass holds no more
+    than `_ROWS` times as many.
+    """
+    return max(session.charge(start, end, pipeline.costs), -(-(end - start) // _ROWS))
+
+
 def _charged(original, pipeline, session, adder, req, budget, *args, **kwargs):
     """Call the adder with a budget raised by what reuse saves; SGLang then charges the full extend.
 
     budget: tokens this request may cost in this pass; None without a limit.
     """
-    start, whole = req.prefix_len, len(req.full_untruncated_fill_ids)
-    saved = 0
-    if session.plan is not None:
-        end = whole if budget is None else session.end_for_budget(start, max(0, budget), whole, pipeline.costs)
-        saved = end - start - session.charge(start, end, pipeline.costs)
+    start, reuses = req.prefix_len, session is not None and session.plan is not None
+    saved = _saving(pipeline, session, adder, req, budget) if reuses else 0
     _raise_budget(adder, saved)
     before = len(adder.can_run_list)
     result = original(adder, req, *args, **kwargs)
     admitted = len(adder.can_run_list) > before and adder.can_run_list[-1] is req
-    spent = 0
-    if admitted and session.plan is not None:
-        spent = req.extend_len - session.charge(start, req.extend_end, pipeline.costs)
+    spent = req.extend_len - _price(pipeline, session, start, req.extend_end) if admitted and reuses else 0
     _raise_budget(adder, spent - saved)  # what SGLang cut off, or everything when nothing was admitted
     return result, admitted
+
+
+def _saving(pipeline, session, adder, req, budget: int | None) -> int:
+    """Rows that a pass may hold on top of `budget`, since reuse computes only part of them."""
+    start, whole = req.prefix_len, len(req.full_untruncated_fill_ids)
+    if budget is None:
+        return whole - start - _price(pipeline, session, start, whole)
+    budget = max(0, budget)
+    end = min(session.end_for_budget(start, budget, whole, pipeline.costs), start + _ROWS * budget)
+    if end < whole:
+        saved = (end - start) // adder.page_size * adder.page_size - budget
+    else:
+        saved = whole - start - _price(pipeline, session, start, whole)
+    # Where memory is short SGLang goes on with a cut prompt at any price, which is right for a budget and no more.
+    return max(0, min(saved, int(adder.rem_total_tokens) - budget))
 
 
 def _raise_budget(adder, tokens: int) -> None:

@@ -113,3 +113,103 @@ def test_one_prompt_is_cut_in_a_pass_where_cuts_are_aligned(flat, engine):
         b.run()
         assert passes.of("fresh") == [(0, 192), (192, 310)], "the test's point: it is cut, and 34 tokens are left"
         answers(flat, *tickets)
+
+
+# ---- memory for the rest of a cut prompt, and rows of a pass ----
+
+
+@loops
+@pytest.mark.parametrize("strategy", ["consensus", "epic"])
+@pytest.mark.parametrize(("scheduler", "page", "fresh"), [("fair", 1, 20), ("off", 16, 1)])
+def test_memory_is_kept_for_the_rest_of_a_cut_prompt(flat, engine, strategy, scheduler, page, fresh, loop):
+    """With SGLang's own order part of a page is left beside it: enough for a text of which all but a token is known."""
+    settings = {"strategy": strategy, "scheduler": scheduler, "pool_keep": 0.0}
+    one, two, three = (text(n, 620) for n in range(3))
+    with engine(flat, loop=loop, page=page, pool=7200, settings=settings) as (b, passes):
+        know(b, one, two, three)
+        long = b.send((one + two + three) * 3 + text(4, 30), rid="long")  # 341 tokens less than the pool has
+        b.step(1 if scheduler == "fair" else 0)  # which puts the short one first
+        wish = {"kvshare": {"strategy": "naive"}}
+        short = b.send(three[100:481] + text(5, fresh), rid="short", tokens=1200, custom=wish)
+        b.run()
+        assert long.report["outcome"] == short.report["outcome"] == "reused" and len(passes.of("long")) > 2
+        assert len(short.output) == 1200 and len(long.output) == 4
+
+
+def test_a_pass_holds_a_bounded_number_of_rows(flat, engine):
+    one, two, three = (text(n, 620) for n in range(3))
+    with engine(flat, pool=8000, settings={"strategy": "naive"}) as (b, passes):
+        know(b, one, two, three)
+        long = b.send((one + two + three) * 3 + text(4, 30), rid="long")
+        b.run()
+        assert passes.of("long") == [(620, 2668), (2668, 4716), (4716, 5610)]
+        assert long.report["reused"] == 4960
+
+
+@pytest.mark.parametrize(("page", "loop"), [(1, "normal"), (16, "overlap")])
+def test_a_cut_prompt_waits_while_answers_that_grew_have_its_memory(flat, engine, page, loop):
+    """SGLang guesses a hundredth of what these answers will take, and lets them go on between two chunks."""
+    arguments = ["--prefill-decode-interval", "4", "--schedule-conservativeness", "0.01"]
+    with engine(flat, loop=loop, page=page, pool=3472, arguments=arguments, decodes=True) as (b, passes):
+        tickets = [b.send(text(n, 20), rid=f"r{n}", tokens=150, ignore_eos=False) for n in range(10)]
+        b.step(12)
+        tickets.append(b.send(text(99, 3000), rid="long"))
+        b.run()
+        assert passes.of("long")[-1][1] == 3000
+        answers(flat, *tickets)
+
+
+@pytest.mark.parametrize(
+    ("seed", "page", "loop", "arguments"),
+    [
+        (27, 1, "overlap", []),
+        (2, 16, "normal", ["--enable-mixed-chunk"]),
+        (3, 4, "normal", ["--enable-priority-scheduling"]),
+    ],
+)
+def test_everybody_is_answered_in_a_pool_hardly_larger_than_a_prompt(flat, engine, seed, page, loop, arguments):
+    draw = np.random.default_rng(seed)
+    documents = [text(100 * seed + n, int(draw.integers(180, 300))) for n in range(3)]
+    known = sum(documents, [])
+    longest = len(known) * 4 + 60
+    pool = (longest + int(draw.integers(40, 400))) // page * page
+    settings, mixed = {"pool_keep": 0.0}, "--enable-mixed-chunk" in arguments
+    more = {"priority": 1} if "--enable-priority-scheduling" in arguments else {}
+
+    def send(prompt, tokens, **fields):
+        wish = {"kvshare": {"strategy": "naive"}} if draw.random() < 0.5 else None
+        return b.send(prompt, tokens=tokens, custom=wish, ignore_eos=False, **more, **fields)
+
+    def short(n: int):
+        start, some = int(draw.integers(0, 60)), documents[int(draw.integers(3))]
+        tokens = int(draw.choice([2, 20, 200, 500]))
+        return send((some + known)[start : start + 400] + text(7000 + n, int(draw.integers(2, 20))), tokens)
+
+    with engine(flat, loop=loop, page=page, pool=pool, settings=settings, arguments=arguments, decodes=mixed) as (b, _):
+        know(b, *documents)
+        tickets = [short(n) for n in range(int(draw.integers(0, 2)))]
+        b.step(int(draw.integers(1, 12)))
+        tickets.append(send(known * 4 + text(8000 + seed, int(draw.integers(5, 50))), 5, rid="long"))
+        b.step(int(draw.integers(1, 4)))
+        for n in range(10, 17):
+            tickets.append(short(n))
+            b.step(int(draw.integers(0, 2)))
+        b.run(8000)
+        answers(flat, *tickets)
+
+
+def test_nobody_loses_its_memory_to_a_request_that_does_not_fit_beside_a_cut_prompt(flat, engine):
+    arguments = ["--enable-priority-scheduling", "--max-running-requests", "2"]
+    with engine(flat, arguments=arguments) as (b, passes):
+        tickets = [b.send(text(0, 30), rid="running", tokens=60, priority=0)]
+        b.step(3)
+        tickets.append(b.send(text(1, 2000), rid="long", priority=0))
+        b.step(2)
+        tickets.append(b.send(text(2, 310), rid="urgent", priority=50))
+        tickets.append(b.send(text(3, 60), rid="short", priority=0))  # room is left for it
+        b.step()
+        while (cut := b.scheduler.chunked_req) is not None and cut.rid == "long":
+            assert "running" not in [req.rid for req in b.scheduler.waiting_queue], passes.ran[-1]
+            b.step()
+        b.run()
+        answers(flat, *tickets)

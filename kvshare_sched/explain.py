@@ -26,7 +26,8 @@ WHY = {
     Reason.RETRACTED: "SGLang took its memory back once; it ran again as ordinary prefill",
     Reason.NO_MEMORY: "with its donors pinned the request did not fit into the KV pool",
     Reason.RENEWED: "computed again and again behind borrowed text, so this time exactly: the next ones find it",
-    Reason.DONOR_LOST: "the donors were evicted between matching and reading",
+    Reason.DONOR_LOST: "the donors were evicted between matching and reading, or the weights were replaced",
+    Reason.MIXED_INPUT: "another request of its batch brought embeddings, so all of the batch was computed in full",
     Reason.ERROR: "an error in kvshare-sched; the rest ran as ordinary prefill, the log has the trace",
 }
 

@@ -1,7 +1,10 @@
-"""A stand-in for the live tree: answers as `radix_ext.donors.DonorTree` does, without SGLang."""
+"""A stand-in for the live tree, which answers as `radix_ext.donors.DonorTree` does; and sessions by name."""
 
 import torch
 
+from kvshare_sched.pipeline import Pipeline
+from kvshare_sched.session import Session
+from kvshare_sched.types import Reason
 from radix_ext.donors import DonorLease
 
 
@@ -58,3 +61,36 @@ class FakeTree:
     def touch(self, donor) -> None:
         self.calls.append("touch")
         self.touched.append(donor.id)
+
+
+class NamedPipeline(Pipeline):
+    """A pipeline whose sessions tests call by name. The real one knows none: they hang on SGLang's requests."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sessions: dict[str, Session] = {}  # begun
+        self._ordinary: dict[str, Session] = {}  # published without
+
+    def begin(self, session: Session) -> None:
+        self.sessions[session.rid] = session
+        super().begin(session)
+
+    def publish(self, name: str, namespace, tokens) -> None:
+        """A name not known yet is an ordinary request's, computed from nothing."""
+        session = self.sessions.get(name) or self._ordinary.get(name)
+        if session is None:
+            prompt, why = len(tokens), Reason.NO_MATCH
+            session = Session(name, prompt, 0, self.config, None, why, weights=self.weights, reported=True)
+            self._ordinary[name] = session
+        super().publish(session, namespace, tokens)
+
+    def release(self, name: str, *args, **kwargs) -> None:
+        """Names that nobody has are passed over."""
+        self._ordinary.pop(name, None)
+        if (session := self.sessions.pop(name, None)) is not None:
+            super().release(session, *args, **kwargs)
+
+    def exact_up_to(self, name: str, entered: int = 0) -> int:
+        if name not in self.sessions:
+            return 1 << 62
+        return super().exact_up_to(self.sessions[name], entered)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import FakeTree
+from fakes import FakeTree, NamedPipeline
 from prometheus_client import CollectorRegistry
 
 from kvshare_sched.audit import PIECE, POSITIONS, TOP, Auditor
@@ -16,7 +16,6 @@ from kvshare_sched.config import KVShareConfig
 from kvshare_sched.controller import ENOUGH
 from kvshare_sched.divergence import compare
 from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
 from kvshare_sched.series import AUDIT_RESULTS
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
@@ -96,7 +95,8 @@ class World:
         self.auditor = Auditor(self.config, self.shut.append, self.metrics.audits)
         self.count = 0
 
-    def begin(self, tenant="here", *, prompt_len=100, donors=(7,), outcome=Outcome.REUSED, wished=False, **more) -> str:
+    def begin(self, tenant="here", *, prompt_len=100, donors=(7,), outcome=Outcome.REUSED, wished=False, **more):
+        """The session of a request that is admitted."""
         self.count += 1
         rid = f"r{self.count}"
         ratio = self.auditor.controller.ratio(tenant)
@@ -110,30 +110,40 @@ class World:
             config=replace(self.config, ratio=ratio),
             leases=dict.fromkeys(donors),
             wished=wished,
+            audit=False,
+            capture=None,
         )
         for name, value in more.items():
             setattr(session, name, value)
         self.auditor.begun(session)
-        return rid
+        return session
 
-    def forward(self, rid: str, length: int, log_q: torch.Tensor) -> None:
+    def forward(self, session, length: int, log_q: torch.Tensor) -> None:
         """One forward pass that ends at `length` tokens and gives these logits."""
-        batch = SimpleNamespace(rids=["other", rid], seq_lens_cpu=torch.tensor([3, length]))
-        self.auditor.observe(batch, SimpleNamespace(next_token_logits=torch.stack((log_q * 0, log_q + 5))))
+        batch = SimpleNamespace(seq_lens_cpu=torch.tensor([3, length]))
+        output = SimpleNamespace(next_token_logits=torch.stack((log_q * 0, log_q + 5)))
+        self.auditor.observe([None, session], batch, output)
 
-    def finish(self, rid: str, q: torch.Tensor, *, prompt_len=100, tenant="here") -> None:
+    def finish(self, session, q: torch.Tensor, *, prompt_len=100, tenant="here") -> None:
         for i, row in enumerate(q):
-            self.forward(rid, prompt_len + i, row)
-        if self.auditor.watches(rid):
-            self.auditor.finished(rid, Namespace(tenant), range(prompt_len), list(range(len(q))))
+            self.forward(session, prompt_len + i, row)
+        if session.capture is not None:
+            self.auditor.finished(session, Namespace(tenant), range(prompt_len), list(range(len(q))))
+
+    def start(self, room=10_000):
+        """The engine is idle: it takes the next piece of an audit."""
+        audit = self.auditor.start(room)
+        if audit is not None:
+            self.auditor.sent(object())
+        return audit
 
     def run(self, p: torch.Tensor, room=10_000):
         """The engine is idle: run the next audit, all of its pieces, against a reference that says p."""
-        audit = self.auditor.start(room)
+        audit = self.start(room)
         if audit is not None:
-            while self.auditor.partial(audit.rid):
+            while self.auditor.partial:
                 self.auditor.went_on(PIECE)
-                assert self.auditor.start(room) is audit
+                assert self.start(room) is audit
             self.auditor.settle(*reference_for(audit.ids, p[: len(audit.capture.rows)]))
         return audit
 
@@ -155,22 +165,22 @@ P, Q = distributions(1, 30), distributions(2, 30)
 def test_the_first_of_a_tenant_and_then_every_few(share, chosen):
     world = World(audit_share=share)
     for tenant in ("a", "b"):
-        rids = [world.begin(tenant) for _ in range(10)]
-        assert [i for i, rid in enumerate(rids) if world.auditor.watches(rid)] == list(chosen)
+        sessions = [world.begin(tenant) for _ in range(10)]
+        assert [i for i, session in enumerate(sessions) if session.capture is not None] == list(chosen)
 
 
 def test_only_requests_that_reused_are_chosen():
     world = World()
     for outcome in (Outcome.ORDINARY, Outcome.DISCOVERED):
-        assert not world.auditor.watches(world.begin(outcome=outcome))
+        assert world.begin(outcome=outcome).capture is None
 
 
 def test_an_audit_measures_what_the_model_gave():
     world = World()
-    rid = world.begin()
+    session = world.begin()
     for end in (40, 80):  # chunks that are not the last say nothing about the answer
-        world.forward(rid, end, Q[-1])
-    world.finish(rid, Q[:6])
+        world.forward(session, end, Q[-1])
+    world.finish(session, Q[:6])
     audit = world.run(P)
     assert audit.namespace == HERE and list(audit.tokens) == [*range(100), *range(6)]
     truth = compare([top(row, TOP) for row in Q[:6]], *(reference_for(audit.ids, P[:6])[0], audit.ids), [0] * 6).kl
@@ -196,36 +206,39 @@ def test_a_full_prefill_shows_how_far_the_cost_model_is_off():
 
 def test_the_logits_are_copied_because_samplers_write_into_them():
     world = World()
-    rid = world.begin()
+    session = world.begin()
     logits = torch.stack((Q[0], Q[0].clone()))
-    batch = SimpleNamespace(rids=["x", rid], seq_lens_cpu=torch.tensor([9, 100]))
-    world.auditor.observe(batch, SimpleNamespace(next_token_logits=logits))
+    batch = SimpleNamespace(seq_lens_cpu=torch.tensor([9, 100]))
+    world.auditor.observe([None, session], batch, SimpleNamespace(next_token_logits=logits))
     logits.fill_(-1)
-    world.auditor.finished(rid, HERE, range(100), [5])
-    (ids, log_q) = world.auditor.start(10_000).capture.rows[0]
+    world.auditor.finished(session, HERE, range(100), [5])
+    (ids, log_q) = world.start(10_000).capture.rows[0]
     assert torch.equal(ids, top(Q[0], TOP)[0]) and torch.allclose(log_q, top(Q[0], TOP)[1], atol=1e-5)
 
 
 def test_no_more_positions_than_agreed():
     world = World()
     world.finish(world.begin(), Q)
-    assert len(world.auditor.start(10_000).capture.rows) == POSITIONS < len(Q)
+    assert len(world.start(10_000).capture.rows) == POSITIONS < len(Q)
 
 
 def test_a_retracted_request_drops_its_audit():
     world = World()
-    rid = world.begin()
-    world.auditor.begun(SimpleNamespace(rid=rid, reason=Reason.RETRACTED))
-    world.finish(rid, Q[:2])
+    session = world.begin()
+    world.auditor.released(session, finished=False)
+    world.finish(session, Q[:2])
     assert world.run(P) is None and world.results() == {("dropped", "retracted"): 1}
 
 
 def test_the_oldest_gives_way_when_the_queue_is_full():
     world = World()
+    sessions = []
     for _ in range(66):
-        world.finish(world.begin(), Q[:1])
+        session = world.begin()
+        sessions.append(session.capture)
+        world.finish(session, Q[:1])
     assert world.results() == {("dropped", "queue_full"): 2} and len(world.auditor.queue) == 64
-    assert world.run(P).rid == "kvshare-audit-3"
+    assert world.run(P).capture is sessions[2]
 
 
 def test_a_flood_of_one_tenant_leaves_the_others_their_audits():
@@ -250,9 +263,9 @@ def test_a_long_audit_runs_in_pieces_whenever_the_engine_is_idle():
     world.finish(world.begin(prompt_len=600), Q[:4], prompt_len=600)
     world.finish(world.begin("other"), Q[:1])
     auditor, ends = world.auditor, []
-    while (audit := auditor.start(10_000)).rid == "kvshare-audit-1":
-        ends.append((auditor.upto, auditor.partial(audit.rid)))
-        if auditor.partial(audit.rid):
+    while (audit := world.start(10_000)).capture.tenant == "here":
+        ends.append((auditor.upto, auditor.partial))
+        if auditor.partial:
             auditor.went_on(PIECE)
         else:
             auditor.settle(*reference_for(audit.ids, P[:4]))
@@ -265,7 +278,7 @@ def test_an_answer_is_compared_in_one_piece_whatever_the_prompt_is_long():
     for length in range(2 * PIECE - 30, 2 * PIECE + 30):
         world, upto = World(), [0]
         world.finish(world.begin(prompt_len=length), Q[:20], prompt_len=length)
-        while world.auditor.start(10_000) and upto.append(world.auditor.upto) is None and upto[-1] < length + 20:
+        while world.start(10_000) and upto.append(world.auditor.upto) is None and upto[-1] < length + 20:
             world.auditor.went_on(PIECE)
         assert upto[-2] < length and upto[-1] == length + 20
         assert max(np.diff(upto)) <= PIECE + 20
@@ -275,12 +288,12 @@ def test_a_piece_that_was_lost_or_has_no_room_ends_its_audit():
     world = World()
     for _ in range(3):
         world.finish(world.begin(prompt_len=600), Q[:4], prompt_len=600)
-    world.auditor.start(10_000)
+    first = world.start(10_000)
     world.auditor.went_on(PIECE)
-    world.auditor.start(10_000)  # aborted while it waits
-    assert world.auditor.start(10_000).rid == "kvshare-audit-2"
+    world.start(10_000)  # aborted while it waits
+    assert world.start(10_000) is not first
     world.auditor.went_on(PIECE)
-    assert world.auditor.start(500) is None
+    assert world.start(500) is None
     assert world.results() == {("dropped", "lost"): 1, ("dropped", "no_room"): 2}
 
 
@@ -288,57 +301,79 @@ def test_an_audit_whose_pieces_do_not_stay_in_the_tree_ends():
     world = World()
     world.finish(world.begin(prompt_len=2000), Q[:4], prompt_len=2000)
     for computed in (PIECE, PIECE, 3 * PIECE):
-        world.auditor.start(10_000)
+        world.start(10_000)
         world.auditor.went_on(computed)
-    assert world.auditor.start(10_000) is None and world.results() == {("dropped", "no_room"): 1}
+    assert world.start(10_000) is None and world.results() == {("dropped", "no_room"): 1}
     assert world.value("kvshare_audit_tokens_total") == 2004 + 2 * PIECE
 
 
 def test_an_audit_begins_behind_what_was_exact():
     world = World()
     world.finish(world.begin(prompt_len=2000, exact_len=1200), Q[:4], prompt_len=2000)
-    world.auditor.start(10_000)
+    world.start(10_000)
     assert world.auditor.upto == 5 * PIECE
 
 
 def test_between_two_pieces_no_request_is_ours():
     world = World()
     world.finish(world.begin(prompt_len=2000), Q[:4], prompt_len=2000)
-    audit = world.auditor.start(10_000)
-    assert world.auditor.owns(audit.rid) and world.auditor.partial(audit.rid)
+    world.start(10_000)
+    piece = world.auditor.piece
+    assert world.auditor.owns(piece) and not world.auditor.owns(object()) and world.auditor.partial
     world.auditor.went_on(PIECE)
-    assert not world.auditor.owns(audit.rid), "a client may have taken the name"
+    assert not world.auditor.owns(piece) and not world.auditor.owns(None)
 
 
-def test_an_adapter_goes_between_two_pieces_or_under_one():
-    for in_flight in (False, True):
-        world = World()
-        world.forward(rid := world.begin(prompt_len=600), 600, Q[0])
-        world.auditor.finished(rid, Namespace("here", None, "a"), range(600), [1])
-        audit = world.auditor.start(10_000)
-        if in_flight:
-            assert world.auditor.unloaded("a") and world.auditor.owns(audit.rid)
-            world.auditor.went_on(PIECE)
-        else:
-            world.auditor.went_on(PIECE)
-            assert not world.auditor.unloaded("a")
-        assert world.auditor.start(10_000) is None and world.results() == {("dropped", "unloaded"): 1}
+def test_a_piece_that_is_taken_back_is_asked_for_again():
+    world = World()
+    world.finish(world.begin(prompt_len=600), Q[:4], prompt_len=600)
+    audit = world.start(10_000)
+    world.auditor.went_on(PIECE)
+    world.start(10_000)
+    world.auditor.withdrawn()
+    assert world.start(10_000) is audit and world.auditor.upto == 2 * PIECE
+    assert world.results() == {}
+
+
+def test_nobody_can_guess_the_id_of_an_audit():
+    world = World()
+    for _ in range(2):
+        world.finish(world.begin(), Q[:1])
+    one, two = (audit.rid.removeprefix("kvshare-audit-") for audit in world.auditor.queue)
+    assert one != two and min(len(one), len(two)) >= 32
+
+
+def test_a_request_that_ends_without_a_token_is_no_longer_under_audit():
+    world = World()
+    world.auditor.released(session := world.begin(), finished=True)
+    assert session.capture is None and world.results() == {("dropped", "no_answer"): 1}
+
+
+def test_what_cannot_be_compared_any_more_is_dropped():
+    world = World()
+    for _ in range(3):
+        world.finish(world.begin(), Q[:1])
+    world.start(10_000)
+    world.auditor.withdrawn()
+    world.auditor.forget("weights")
+    assert world.start(10_000) is None and world.results() == {("dropped", "weights"): 3}
 
 
 def test_audits_end_with_their_adapter():
     world = World()
-
-    def finish(adapter: str | None) -> None:
-        world.forward(rid := world.begin(), 100, Q[0])
-        world.auditor.finished(rid, Namespace("here", None, adapter), range(100), [1])
-
     for adapter in ("a", "b", "a", None):
-        finish(adapter)
-    assert not world.auditor.unloaded("b"), "none is running"
-    audit = world.auditor.start(10_000)
-    assert audit.namespace.lora_id == "a" and not world.auditor.unloaded("c")
-    assert world.auditor.unloaded("a")
-    world.auditor.settle(*reference_for(audit.ids, P[:1]))  # of the base model: says nothing
+        world.forward(session := world.begin(), 100, Q[0])
+        world.auditor.finished(session, Namespace("here", None, adapter), range(100), [1])
+
+    def unload(adapter: str) -> None:
+        world.auditor.forget("unloaded", lambda audit: audit.namespace.lora_id == adapter)
+
+    unload("b")
+    assert world.auditor.start(10_000).namespace.lora_id == "a", "between two pieces of it"
+    unload("c")
+    assert world.auditor.running is not None
+    unload("a")
+    assert world.auditor.running is None
     assert world.run(P).namespace.lora_id is None and not world.auditor.queue
     assert world.results() == {("dropped", "unloaded"): 3, ("done", "none"): 1}
 
@@ -357,27 +392,26 @@ def test_an_audit_the_engine_lost_is_counted_and_the_next_one_runs():
     world = World()
     for _ in range(2):
         world.finish(world.begin(), Q[:1])
-    running = world.begin()  # aborted while it waited: nobody will ever tell
-    assert world.auditor.start(10_000).rid == "kvshare-audit-1"
-    assert world.auditor.start(10_000).rid == "kvshare-audit-2"
-    assert not world.auditor.watches(running)
-    assert world.results() == {("dropped", "lost"): 2}
+    first = world.start(10_000)
+    second = world.start(10_000)
+    assert second is not first and second is not None
+    assert world.start(10_000) is None and world.results() == {("dropped", "lost"): 2}
 
 
 @pytest.mark.parametrize("reference", [(None, None), ([[0.5]], [1])])
 def test_a_reference_that_cannot_be_used_is_a_failed_audit(reference):
     world = World()
     world.finish(world.begin(), Q[:2])
-    world.auditor.start(10_000)
+    world.start(10_000)
     world.auditor.settle(*reference)
     assert world.results() == {("failed", "reference"): 1} and world.auditor.running is None
 
 
 def test_logits_that_cannot_be_kept_are_a_failed_audit():
     world = World()
-    rid = world.begin()
-    world.auditor.observe(SimpleNamespace(rids=[rid], seq_lens_cpu=torch.tensor([100])), None)
-    world.finish(rid, Q[:2])
+    session = world.begin()
+    world.auditor.observe([session], SimpleNamespace(seq_lens_cpu=torch.tensor([100])), None)
+    world.finish(session, Q[:2])
     assert world.run(P) is None and world.results() == {("failed", "capture"): 1}
 
 
@@ -431,7 +465,7 @@ def text(seed: int, length: int = 200) -> np.ndarray:
     return np.random.default_rng(seed).permutation(1000)[:length] + 1000 * seed
 
 
-def admit(pipeline: Pipeline, rid="r", wishes=None):
+def admit(pipeline: NamedPipeline, rid="r", wishes=None):
     tokens = np.concatenate((text(9, 20), text(1), text(8, 20)))
     view = RequestView(rid, HERE, tokens, 0, len(tokens), wishes or {})
     session = pipeline.admit(view, rid, view.prompt_len, 0)
@@ -442,7 +476,9 @@ def admit(pipeline: Pipeline, rid="r", wishes=None):
 
 @pytest.fixture
 def pipeline():
-    made = Pipeline(KVShareConfig(ratio=0.1), FakeTree(), CostModel(cell_s=1e-4, copy_s=1e-7, overhead_s=0.0, layers=4))
+    made = NamedPipeline(
+        KVShareConfig(ratio=0.1), FakeTree(), CostModel(cell_s=1e-4, copy_s=1e-7, overhead_s=0.0, layers=4)
+    )
     made.publish("donor", HERE, np.concatenate((text(50, 20), text(1))))
     return made
 

@@ -13,6 +13,7 @@ from kvshare_sched.config import KVShareConfig
 from kvshare_sched.cpu.attention import PortableCpuAttention
 from kvshare_sched.decode_repair import DecodeRepair
 from kvshare_sched.repair import RepairQueue
+from kvshare_sched.session import Rids, attach
 
 H, G, D, CELLS = 6, 2, 8, 400
 REQUEST = [3, 1, 2]  # request slot of each batch row
@@ -42,6 +43,7 @@ def runner():
         model_config=SimpleNamespace(num_attention_heads=H, get_num_kv_heads=lambda ranks: G),
         dtype=torch.float32,
         lora_manager=None,
+        device="cpu",
     )
     with get_parallel().override(attn_tp_size=1):
         made.attn_backend = PortableCpuAttention(made)
@@ -69,7 +71,7 @@ def decode_batch(runner):
 
 
 def with_rows(runner, batch, chosen):
-    pipeline = SimpleNamespace(config=KVShareConfig(), sessions={})
+    pipeline = SimpleNamespace(config=KVShareConfig())
     witness = SimpleNamespace(req_to_token=runner.req_to_token_pool.req_to_token)
     tokens = np.concatenate([1000 * row + p for row, p in chosen.items()])
     return DecodeRepair(pipeline, runner, witness, None)._with_rows(
@@ -136,14 +138,24 @@ def check_attention(runner, view):
         torch.testing.assert_close(got[i : i + 1], expected, rtol=1e-4, atol=1e-5)
 
 
+def rids(*sessions) -> Rids:
+    """Of requests that all carry one id."""
+    reqs = [SimpleNamespace(rid="same") for _ in sessions]
+    for req, its in zip(reqs, sessions, strict=True):
+        if its is not None:
+            attach(req, its)
+    return Rids(reqs)
+
+
 def session(**changes):
     return SimpleNamespace(to_repair=True, approximate_from=5, repair=RepairQueue(np.arange(30), 2, "fifo"), **changes)
 
 
 def test_only_decode_batches_with_something_to_repair_take_rows(runner):
     batch, busy = decode_batch(runner), session()
-    pipeline = SimpleNamespace(config=KVShareConfig(), sessions={"b": busy, "c": SimpleNamespace(to_repair=False)})
-    repair = DecodeRepair(pipeline, runner, None, None)
+    repair = DecodeRepair(SimpleNamespace(config=KVShareConfig()), runner, None, None)
+    assert repair.waiting(batch) == {}, "a batch that no scheduler has made"
+    batch.rids = rids(None, busy, SimpleNamespace(to_repair=False))
     assert repair.waiting(batch) == {1: busy}
     batch.forward_mode = SimpleNamespace(is_decode=lambda: False)
     assert repair.waiting(batch) == {}
@@ -160,7 +172,7 @@ def test_a_failure_ends_repair_and_leaves_plain_decode(runner):
             raise RuntimeError("no such luck")
         return "plain"
 
-    pipeline = SimpleNamespace(config=KVShareConfig(), sessions={"b": busy})
+    pipeline = SimpleNamespace(config=KVShareConfig())
     repair = DecodeRepair(pipeline, runner, witness, ordinary)
     assert repair.forward({1: busy}, batch.input_ids, batch.positions, batch) == "plain"
     assert len(calls) == 2 and calls[0].batch_size == 5

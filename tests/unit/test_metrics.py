@@ -103,7 +103,8 @@ def test_all_label_values_exist_from_the_start(edge, registry):
     ordinary = {("ordinary", r.value) for r in Reason if r is not Reason.NONE}
     audits = {(k[1][1], k[1][0]) for k in seen if k[0] == "kvshare_audits_total"}
     assert audits == set(AUDIT_RESULTS)
-    assert pairs == ordinary | {("reused", "none"), ("reused", "error"), ("discovered", "none")}
+    half_way = {("reused", reason) for reason in ("error", "mixed_input", "donor_lost")}
+    assert pairs == ordinary | half_way | {("reused", "none"), ("discovered", "none")}
 
 
 def test_recording_adds_no_label_value_but_tenants(metrics, registry):

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fakes import FakeTree
+from fakes import FakeTree, NamedPipeline
 
 from kvshare_sched import peek
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.peek import Peek, Prompt
-from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
 from kvshare_sched.types import Namespace
 
@@ -32,7 +31,7 @@ def prompt(rid: str, tokens: np.ndarray, namespace=HERE, reusable=True) -> Promp
 @pytest.fixture
 def world():
     tree = FakeTree()
-    pipeline = Pipeline(KVShareConfig(ratio=0.2, audit_share=0.0), tree, COSTS)
+    pipeline = NamedPipeline(KVShareConfig(ratio=0.2, audit_share=0.0), tree, COSTS)
     return SimpleNamespace(tree=tree, pipeline=pipeline, peek=Peek(pipeline))
 
 

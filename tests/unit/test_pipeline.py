@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from fakes import FakeTree
+from fakes import FakeTree, NamedPipeline
 from prometheus_client import CollectorRegistry
 
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
 from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
 
@@ -30,7 +29,7 @@ class World:
     def __init__(self, registry=None, **settings):
         self.tree = FakeTree()
         metrics = ShareMetrics(registry=registry) if registry is not None else None
-        self.pipeline = Pipeline(KVShareConfig(**SETTINGS | settings), self.tree, COSTS, metrics)
+        self.pipeline = NamedPipeline(KVShareConfig(**SETTINGS | settings), self.tree, COSTS, metrics)
         self.donors = [self.donate(i) for i in (1, 2)]
 
     def donate(self, seed: int, namespace=HERE) -> int | None:
@@ -107,22 +106,24 @@ def test_match_of_another_request_under_the_same_id_looks_again(world):
     assert [s.end for s in world.pipeline.lending.match(world.view(fresh_from=60))] == [60]
 
 
-def test_forgets_what_it_remembered_on_release(world):
+def test_one_lookup_serves_whoever_sends_the_same_prompt(world):
     lookups = world.count_lookups()
-    world.pipeline.lending.match(world.view())
-    world.pipeline.release("r")
-    world.pipeline.lending.match(world.view())
-    assert len(lookups) == 2
+    for rid in ("r", "another"):
+        assert world.pipeline.lending.match(world.view(rid))
+    assert len(lookups) == 1
+    world.pipeline.lending.match(world.view("r", namespace=Namespace("elsewhere")))
+    world.pipeline.lending.match(world.view("r", exact_len=10))
+    assert len(lookups) == 3
 
 
 def test_memory_of_lookups_is_bounded(world, monkeypatch):
     monkeypatch.setattr("kvshare_sched.lending._MEMO_SIZE", 3)
     lookups = world.count_lookups()
     for i in range(5):
-        world.pipeline.lending.match(world.view(f"r{i}"))
-    world.pipeline.lending.match(world.view("r4"))
+        world.pipeline.lending.match(world.view(exact_len=i))
+    world.pipeline.lending.match(world.view(exact_len=4))
     assert len(lookups) == 5
-    world.pipeline.lending.match(world.view("r0"))
+    world.pipeline.lending.match(world.view(exact_len=0))
     assert len(lookups) == 6
 
 

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from fakes import FakeTree
+from fakes import FakeTree, NamedPipeline
 
 from kvshare_sched.config import KVShareConfig
-from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
 from kvshare_sched.repair import RepairQueue
 from kvshare_sched.types import Namespace, Reason, RequestView
@@ -84,7 +83,7 @@ PROMPT = np.concatenate((text(9, 10), text(1), text(8, 20)))  # 130 tokens, 10 t
 
 @pytest.fixture
 def pipeline():
-    made = Pipeline(KVShareConfig(**SETTINGS), FakeTree(), CostModel(1e-4, 1e-7, 0.0, 4))
+    made = NamedPipeline(KVShareConfig(**SETTINGS), FakeTree(), CostModel(1e-4, 1e-7, 0.0, 4))
     made.publish("donor", HERE, np.concatenate((text(51, 5), text(1))))
     return made
 

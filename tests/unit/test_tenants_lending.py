@@ -7,14 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fakes import FakeTree
+from fakes import FakeTree, NamedPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_sched import explain
 from kvshare_sched.audit import tenant_of
 from kvshare_sched.config import KVShareConfig
-from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
 from kvshare_sched.tenants.desk import Desk, lenders_of
 from kvshare_sched.tenants.file import parse
@@ -67,7 +66,7 @@ def prompt(*seeds: int) -> np.ndarray:
 class World:
     def __init__(self, log=None, **settings):
         self.tree, self.desk = FakeTree(), Desk(log)
-        self.pipeline = Pipeline(KVShareConfig(**SETTINGS | settings), self.tree, COSTS, desk=self.desk)
+        self.pipeline = NamedPipeline(KVShareConfig(**SETTINGS | settings), self.tree, COSTS, desk=self.desk)
         self.count = 0
 
     def donate(self, namespace: Namespace, *seeds: int, lead: int = 50) -> None:
@@ -90,6 +89,7 @@ class World:
         self.pipeline.chunk_done(session, len(tokens) if upto is None else upto)
         if fails:
             self.pipeline.abandon(session)
+        self.capture = session.capture  # of an audit, if it was chosen for one
         self.pipeline.release(rid)
         return true, told[0]
 
@@ -580,7 +580,7 @@ def test_a_borrowers_bad_audits_shut_a_document_for_it_alone(bad):
     auditor = world.pipeline.auditor
     for n in range(3):
         world.ask(bad, prompt(1), rid=f"bad{n}")
-        if capture := auditor._captures.pop(f"bad{n}", None):
+        if capture := world.capture:
             auditor._learn(capture, SimpleNamespace(kl=2.0, tokens=1, same=1.0, same_first=1))
     other = {"acme": "globex", "globex": "acme"}[bad]
     assert world.ask(bad, prompt(1))[0].reused == 0
@@ -595,7 +595,7 @@ def test_ones_own_harmful_donor_is_shut_for_good():
     auditor = world.pipeline.auditor
     for n in range(3):
         world.ask("acme", prompt(1), rid=f"bad{n}")
-        if capture := auditor._captures.pop(f"bad{n}", None):
+        if capture := world.capture:
             auditor._learn(capture, SimpleNamespace(kl=2.0, tokens=1, same=1.0, same_first=1))
     assert not world.pipeline.index.donors and world.ask("acme", prompt(1))[0].reused == 0
 

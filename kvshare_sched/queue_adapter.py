@@ -72,6 +72,8 @@ def add_one_req(original, adder, req, *args, **kwargs):
     result = original(adder, req, *args, **kwargs)
     if len(adder.can_run_list) > before and adder.can_run_list[-1] is req:
         queue.admitted(req, adder)
+    else:
+        queue.refused(req, adder)
     return result
 
 

@@ -76,6 +76,8 @@ class ServerQueue:
         self._long = None  # the prompt that is cut in chunks and not finished
         self._in_force = False
         self._no_room = False  # the last request that might have started found no memory
+        self._unasked = None  # the long prompt beside which this pass leaves room, until SGLang asks for somebody
+        self._alone = None  # the long prompt beside which nobody can start
 
     # ---- SGLang asks ----
 
@@ -115,6 +117,7 @@ class ServerQueue:
 
     def has_room(self, req, adder) -> bool:
         """Whether the KV pool should take a request while others run; asked only of those whose turn it is."""
+        self._unasked = None
         try:
             self._no_room = self._in_force and not self._has_room(req, adder)
             return not self._no_room
@@ -132,6 +135,15 @@ class ServerQueue:
         except Exception:
             self._failed("admission")
 
+    def refused(self, req, adder) -> None:
+        """SGLang has not taken a request whose turn it was; its reasons are not those by which room was left for it."""
+        try:
+            # Whoever had all the room beside a prompt that goes on would have it again, and for nothing.
+            if adder.new_chunked_req is None and self._long is not None and adder.can_run_list == [self._long]:
+                self.queue.refused(_name(req))
+        except Exception:
+            self._failed("a refusal")
+
     def continued(self, req, unfinished: bool) -> None:
         """Another piece of a long prompt runs."""
         try:
@@ -145,10 +157,14 @@ class ServerQueue:
         """Tokens the next chunk of a long prompt may have, so that shorter ones run beside it; None: all of them."""
         try:
             self._long = req
-            if not self._in_force or self._no_room or budget < 2 * page:
+            if self._unasked is req:  # as many run as may, or no adapter can be loaded: the next pass is no better
+                self._alone = req
+            if not self._in_force or self._no_room or self._alone is req or budget < 2 * page:
                 return None
             left = self._work_between(req, req.prefix_len, len(req.full_untruncated_fill_ids))
-            return self.queue.chunk(left, budget, page)
+            limit = self.queue.chunk(left, budget, page)
+            self._unasked = req if limit < budget // page * page else None
+            return limit
         except Exception:
             self._failed("the limit of a chunk")
             return None

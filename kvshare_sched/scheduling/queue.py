@@ -63,6 +63,7 @@ class Queue:
         self._ordered_at = (0.0, 0.0)  # clock, room
         self._may: dict[str, tuple[int, str]] = {}  # (tier, account) of the requests that may start in this pass
         self._left: Counter[tuple[int, str]] = Counter()  # how many of them have not
+        self._refused: set[str] = set()  # did not fit beside the long prompt that is half done
         self.in_use = InUse()
 
     def __len__(self) -> int:
@@ -146,6 +147,7 @@ class Queue:
         waiting, account = self.table.take(rid)
         if (place := self._may.pop(rid, None)) is not None:
             self._left[place] -= 1
+        self._refused.discard(rid)
         self.accounts.leave(account)
         self.duplicates.gone(rid)
         self._order = None
@@ -158,6 +160,8 @@ class Queue:
 
         room: see `room_beside`; what does not fit comes last. 0: no long prompt is half done.
         """
+        if not room:
+            self._refused.clear()
         if (
             self._order is not None
             and room == self._ordered_at[1]
@@ -183,7 +187,9 @@ class Queue:
         ready: list[int] = []
         held = 0
         self._may = {}
-        for tier, group in _groups(places, rows, room):
+        fits = rows.work <= room if room else np.ones(len(table), bool)
+        fits[[table.row[rid] for rid in self._refused]] = False
+        for tier, group in _groups(places, rows, fits):
             if len(ready) >= LIMIT:
                 break
             work, row_of = rows.work[group].tolist(), group.tolist()
@@ -221,9 +227,18 @@ class Queue:
             for rid, (tier, account) in self._may.items():
                 work = -(-math.ceil(self.work(rid)) // page) * page
                 turn = tier not in claims or self.accounts.deficits[account] > 0
-                if turn and work < left and reserved + work <= budget // 2:
+                if turn and rid not in self._refused and work < left and reserved + work <= budget // 2:
                     reserved += work
         return max(page, (budget - reserved) // page * page)
+
+    def refused(self, rid: str) -> None:
+        """A request whose turn it was did not fit into the room beside a long prompt: it costs more than was thought.
+
+        Until that prompt is through, nothing is reserved for it and those that fit come before it.
+        """
+        if self.policy == "fair" and rid in self and rid not in self._refused:
+            self._refused.add(rid)
+            self._order = None
 
     def has_room(self, held: float, need: float, capacity: float) -> bool:
         """Whether a pool of `capacity` tokens, `held` by running requests, should take `need` more while others run.
@@ -251,11 +266,10 @@ class Queue:
         return False
 
 
-def _groups(places: np.ndarray, rows: Rows, room: float) -> Iterator[tuple[int, np.ndarray]]:
+def _groups(places: np.ndarray, rows: Rows, fits: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the tier, rows), tier by tier, and inside a tier those that fit beside a long prompt first."""
     edges = np.flatnonzero(np.diff(rows.tier[places])) + 1
     for number, tier in enumerate(np.split(places, edges)):
-        fits = rows.work[tier] <= room if room else np.ones(len(tier), bool)
-        for group in (tier[fits], tier[~fits]):
+        for group in (tier[fits[tier]], tier[~fits[tier]]):
             if len(group):
                 yield number, group

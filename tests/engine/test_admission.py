@@ -213,3 +213,37 @@ def test_nobody_loses_its_memory_to_a_request_that_does_not_fit_beside_a_cut_pro
             b.step()
         b.run()
         answers(flat, *tickets)
+
+
+# ---- room beside a cut prompt ----
+
+
+@loops
+def test_room_is_left_once_for_a_request_that_costs_more_than_was_thought(flat, engine, loop):
+    one, two, three = (text(n, 620) for n in range(3))
+    with engine(flat, loop=loop, pool=9000, settings={"pool_keep": 0.0}) as (b, passes):
+        know(b, one, two, three)
+        tickets = [b.send((one + two + three) * 3 + text(4, 30), rid="long")]
+        b.step()
+        check = {"kvshare": {"strategy": "kvshare"}}  # of half the layers it runs all rows
+        tickets.append(b.send(three[100:481] + text(5, 20), rid="short", custom=check))
+        b.step()
+        tickets.append(b.send(text(6, 30), rid="small"))
+        b.run()
+        (small,) = [at for at, ran in enumerate(passes.ran) if "small" in [rid for rid, *_ in ran]]
+        assert "long" in [rid for rid, *_ in passes.ran[small]], "room is left for whoever fits"
+        pieces = [end - start for start, end in passes.of("long")]
+        assert pieces[1] < 0.8 * pieces[0], "the test's point: room was left for the first short one"
+        assert all(piece > 0.8 * pieces[0] for piece in pieces[2:-1]), pieces
+
+
+def test_no_room_is_left_while_as_many_requests_run_as_may(flat, engine):
+    with engine(flat, arguments=["--max-running-requests", "2"]) as (b, passes):
+        b.send(text(0, 30), rid="running", tokens=60)
+        b.step(3)
+        b.send(text(1, 2000), rid="long")
+        b.step(2)
+        b.send(text(2, 60), rid="short")
+        b.run()
+        pieces = [end - start for start, end in passes.of("long")]
+        assert pieces.count(CHUNK) >= 6, f"{pieces}: one pass to find out"

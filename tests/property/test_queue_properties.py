@@ -51,6 +51,12 @@ class Anything(RuleBasedStateMachine):
             started += 1
         assert started or not self.waiting or self.queue.order(room).held, "an idle engine starts somebody"
 
+    @rule(room=st.sampled_from([0, 400]))
+    def one_is_refused(self, room):
+        ready = self.queue.order(room).ready
+        if ready and self.queue.may_start(ready[0]):
+            self.queue.refused(ready[0])
+
     @rule()
     def the_engine_falls_idle(self):
         """Nobody is held for ever: once nothing runs, somebody starts within the bound on duplicates."""

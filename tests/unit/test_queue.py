@@ -141,6 +141,26 @@ def test_a_long_prompt_leaves_half_of_its_chunk_to_short_ones_and_no_more():
     assert q.chunk(9000, 1000) == 550
 
 
+def test_room_is_reserved_no_more_for_a_request_that_was_refused_beside_the_long_prompt():
+    q = queue()
+    add(q, "wrong", work=90)
+    add(q, "right", work=200)
+    assert q.order(room=500).ready == ("wrong", "right") and q.chunk(9000, 1000) == 710
+    q.refused("wrong")
+    assert q.order(room=500).ready == ("right", "wrong") and q.chunk(9000, 1000) == 800
+    q.refused("right")
+    assert q.order(room=500).ready == ("wrong", "right"), "both fit no more: the cheaper first"
+    assert q.chunk(9000, 1000) == 1000
+    assert q.order().ready == ("wrong", "right"), "that prompt is through"
+    q.order(room=500)
+    assert q.chunk(9000, 1000) == 710
+    q.refused("right")
+    q.remove("right")
+    add(q, "right", work=200)
+    q.order(room=500)
+    assert q.chunk(9000, 1000) == 710, "another request of that name"
+
+
 def test_duplicates_wait_until_the_first_is_through():
     q = queue()
     doc = Texts(tuple((("doc", n), 100) for n in range(10)), 10)

@@ -49,7 +49,7 @@ def world(rng) -> tuple[ServerQueue, Pipeline, list[np.ndarray]]:
     documents = [rng.integers(0, 49_000, 400) for _ in range(1000)]
     for number in range(400):
         tokens = np.concatenate([documents[i] for i in rng.integers(0, 1000, 8)])
-        pipeline.publish(f"donor{number}", Namespace(f"t{number % 20}"), tokens)
+        pipeline.index.add(Namespace(f"t{number % 20}"), tokens)
     return ServerQueue("fair", config, pipeline, 4096), pipeline, documents
 
 
@@ -99,7 +99,7 @@ def measure(size: int) -> dict:
     for number in range(PASSES):  # the donor makes every estimate stale
         del waiting[:4]
         waiting += [request(size + 4 * number + n, rng, documents) for n in range(4)]
-        pipeline.publish(f"new{number}", Namespace("t0"), np.concatenate(documents[number : number + 8]))
+        pipeline.index.add(Namespace("t0"), np.concatenate(documents[number : number + 8]))
         queue.queue.clock += 4000
         changed.append(timed(queue, waiting))
     assert queue.failures == 0

@@ -162,7 +162,7 @@ def measure(runner) -> dict[str, float]:
     from kvshare_sched.executor import Executor
     from kvshare_sched.support import rotary_table
 
-    pipeline = SimpleNamespace(config=KVShareConfig(), sessions={}, abandon=lambda session: None)
+    pipeline = SimpleNamespace(config=KVShareConfig(), weights=0, abandon=lambda session: None)
     pipeline.chunk_done = lambda session, end: None
     executor = Executor(pipeline, runner, *rotary_table(runner.model))
     some, fewer = kept_rows(KEPT), kept_rows([rows[-2:] for rows in KEPT])

@@ -18,16 +18,16 @@ from sglang.srt.managers.schedule_policy import AddReqResult, SchedulePolicy
 from kvshare_sched import queue_adapter
 from kvshare_sched.config import KVShareConfig
 from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.planner import CostModel
 from kvshare_sched.series import WAITS
-from kvshare_sched.server_queue import ServerQueue
+from kvshare_sched.server_queue import ServerQueue, _name
+from kvshare_sched.session import attach
 from kvshare_sched.sglang_adapter import namespace_of
 from kvshare_sched.tenants.policy import Stamp
 from kvshare_sched.types import Reason, RequestView
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
-from fakes import FakeTree  # noqa: E402
+from fakes import FakeTree, NamedPipeline  # noqa: E402
 
 COSTS = CostModel(cell_s=1e-5, copy_s=1e-6, overhead_s=0.0, layers=10)
 DOC = np.random.default_rng(7).integers(0, 40_000, 600)
@@ -81,7 +81,7 @@ class World:
 
     def __init__(self, policy="fair", priority=False, **settings):
         config = KVShareConfig(audit_share=0.0, **settings)
-        self.pipeline = Pipeline(config, FakeTree(), COSTS)
+        self.pipeline = NamedPipeline(config, FakeTree(), COSTS)
         self.queue = ServerQueue(policy, config, self.pipeline, chunk=1000)
         self.cache = SimpleNamespace(queue=self.queue, supports_fast_match_prefix=lambda: False, disable=False)
         self.cache.supports_prefix_sharing = lambda: False
@@ -108,6 +108,16 @@ class World:
         self.waiting = [r for r in self.waiting if r not in adder.can_run_list]
         return [r.rid for r in adder.can_run_list]
 
+    def begin(self, req, session):
+        """It was admitted, as far as reuse is concerned."""
+        attach(req, session)
+        self.pipeline.begin(session)
+
+    def name(self, rid: str) -> str:
+        """By which the queue knows the waiting request of that id."""
+        [found] = {_name(req) for req in self.waiting if req.rid == rid}
+        return found
+
     def publish(self, req):
         self.pipeline.publish(req.rid, namespace_of(req), np.array(req.origin_input_ids))
 
@@ -127,7 +137,7 @@ def test_a_prompt_over_cached_text_comes_first_but_only_in_its_own_namespace():
     order = np.concatenate((DOC[300:], DOC[:300]))
     world.waiting = [Req("theirs", order, "other"), Req("long", 590, "mine"), Req("mine", order, "mine")]
     assert world.order()[0] == "mine"
-    assert world.queue.queue.work("theirs") == 600
+    assert world.queue.queue.work(world.name("theirs")) == 600
 
 
 def test_looking_changes_nothing_in_the_tree():
@@ -171,7 +181,7 @@ def test_nobody_waits_for_ever_for_a_text_that_never_comes():
 def test_prompt_tokens_repaired_while_decoding_are_paid_too():
     world = World(quantum=1000)
     req = Req("r", 300)
-    world.pipeline.begin(world.pipeline.admit(Reason.OPTED_OUT, "r", 300, 0))
+    world.begin(req, world.pipeline.admit(Reason.OPTED_OUT, "r", 300, 0))
     world.waiting = [req]
     world.go()
     before = world.queue._accounts.deficits["t"]
@@ -387,10 +397,15 @@ def test_metrics_that_cannot_be_written_change_nothing():
     assert world.go() == ["a", "b"] and world.queue.failures == 0
 
 
-def test_two_requests_with_one_id_are_a_failure_that_loses_nobody():
+def test_two_requests_with_one_id_are_two_requests():
     world = World()
-    world.waiting = [Req("same", 500), Req("same", 100)]
-    assert world.go() == ["same", "same"] and world.queue.failures == 1
+    one, two = Req("same", 500), Req("same", 100)
+    world.waiting = [one, two]
+    assert world.go() == ["same", "same"] and world.queue.failures == 0
+    assert len(world.queue.queue.running) == 2
+    one.done = True
+    world.queue.released(one)
+    assert len(world.queue.queue.running) == 1 and not world.queue.failures
 
 
 def test_room_for_cached_text_is_kept_while_others_run_and_never_when_nobody_does():
@@ -413,9 +428,9 @@ def test_what_a_prompt_finds_is_in_use_and_counts_once():
     world = World(duplicate_wait=0)
     long = np.random.default_rng(1).integers(0, 40_000, 20_000)
     for rid, tenant, found in (("new", "t", 0), ("half", "t", 10_000), ("again", "t", 10_000), ("other", "u", 10_000)):
-        world.pipeline.begin(world.pipeline.admit(Reason.OPTED_OUT, rid, len(long), found))
-        world.waiting = [Req(rid, long, tenant)]
-        world.waiting[0].prefix_len = found
+        world.waiting = [req := Req(rid, long, tenant)]
+        world.begin(req, world.pipeline.admit(Reason.OPTED_OUT, rid, len(long), found))
+        req.prefix_len = found
         assert world.go() == [rid]
         in_use = world.queue.queue.in_use.tokens(1e9)
         wanted = {"new": 0, "other": 20_000}.get(rid, 10_000)
@@ -432,7 +447,7 @@ def test_text_lent_by_others_is_in_use_and_hidden_reuse_is_not():
         stamp = Stamp("t", hide_reuse=1.0) if hidden else None
         session = world.pipeline.admit(RequestView("r", namespace_of(req), ids, 0, len(ids)), "r", len(ids), 0, stamp)
         assert session.plan.reused_len > 19_000
-        world.pipeline.begin(session)
+        world.begin(req, session)
         world.waiting = [req]
         world.go()
         in_use = world.queue.queue.in_use.tokens(1e9)
@@ -466,7 +481,7 @@ def test_an_answer_without_a_limit_counts_as_sglang_counts_it(in_use):
 
 def test_nothing_is_kept_where_sglang_preempts_and_nobody_is_preempted_for_a_request_that_must_wait():
     config = KVShareConfig(audit_share=0.0, pool_keep=0.5)
-    assert ServerQueue("fair", config, Pipeline(config, FakeTree(), COSTS), 1000, preempts=True).queue.keep == 0
+    assert ServerQueue("fair", config, NamedPipeline(config, FakeTree(), COSTS), 1000, preempts=True).queue.keep == 0
     world = World(quantum=100_000)
     world.waiting = [Req("first", DOC), Req("second", DOC)]
     first, second = world.waiting
@@ -475,18 +490,6 @@ def test_nothing_is_kept_where_sglang_preempts_and_nobody_is_preempted_for_a_req
     for req in (first, second):
         queue_adapter.preempt_to_schedule(lambda adder, req: asked.append(req.rid), Adder(world.cache), req)
     assert asked == ["first"], "the second waits for the first one's text"
-
-
-def test_a_turn_of_a_session_that_ends_without_a_release_is_not_kept():
-    world = World()
-    req = Req("turn", 300)
-    world.waiting = [req]
-    world.go()
-    req.done, req.output_ids = True, array("q", [1])
-    world.order()  # SGLang asks only while somebody waits
-    world.waiting = [Req("next", 10)]
-    world.order()
-    assert not world.queue.queue.running and not world.queue._running
 
 
 def test_a_request_that_cannot_reuse_waits_for_nobody_and_one_without_kv_is_not_waited_for():

@@ -19,11 +19,10 @@ from sglang.srt.managers.scheduler import Scheduler as Scheduler_
 from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 from sglang.srt.observability.req_time_stats import APIServerReqTimeStats, SchedulerReqTimeStats
 from sglang.srt.sampling.sampling_params import SamplingParams
-from test_queue_adapter import COSTS, Adder, FakeTree, Req, World
+from test_queue_adapter import COSTS, Adder, FakeTree, NamedPipeline, Req, World
 
 from kvshare_sched import sglang_adapter
 from kvshare_sched.config import KVShareConfig
-from kvshare_sched.pipeline import Pipeline
 from kvshare_sched.tenants import edge, gate, hooks
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.hold import DELAY, without_traces
@@ -164,10 +163,10 @@ def test_a_hidden_tenants_requests_wait_and_pay_at_their_full_price():
         req.retracted_stain, req.return_logprob, req.customized_info = False, False, None
         world.waiting = [req]
         world.order()
-        price = world.queue.queue.work(req.rid)
+        price = world.queue.queue.work(world.name(req.rid))
         stamp = sglang_adapter.stamp_of(req, world.pipeline.config)
         view = sglang_adapter.view_of(req, stamp)
-        world.pipeline.begin(world.pipeline.admit(view, req.rid, 600, 500, stamp))
+        world.begin(req, world.pipeline.admit(view, req.rid, 600, 500, stamp))
         world.go()
         return price, world.queue._accounts.deficits["acme"]
 
@@ -340,7 +339,7 @@ class Tight(Adder):
 )
 def test_an_idle_engine_gives_guarantees_up_last(pinned, leases, held, reused):
     text = np.random.default_rng(1).permutation(600)
-    pipeline = Pipeline(KVShareConfig(audit_share=0.0, strategy="kvshare", ratio=0.1), FakeTree(), COSTS)
+    pipeline = NamedPipeline(KVShareConfig(audit_share=0.0, strategy="kvshare", ratio=0.1), FakeTree(), COSTS)
     pipeline.desk.learn(Stamp("acme", guaranteed=600), pipeline.tree)
     pipeline.publish("donor", Namespace(OWN), text)
     assert pipeline.desk.held_tokens == 600

@@ -68,7 +68,7 @@ class Checker:
     # ---- after each pass ----
 
     def after_pass(self) -> None:
-        """Cheap: answers that have just ended, now and then what the tree holds of the others, what a pass must keep."""
+        """Cheap: answers that have just ended, now and then what the tree holds of others, what a pass must keep."""
         for ticket in self.bench.tickets:
             if ticket.finished is not None and id(ticket) not in self._done:
                 self._done.add(id(ticket))

@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping
 
+import invariants
 import numpy as np
 from bench import Bench, Ticket
 from models import Reference
@@ -52,6 +53,7 @@ class Checker:
         self._log = _Complaints()
         logging.getLogger("kvshare_sched").addHandler(self._log)
         logging.getLogger("radix_ext").addHandler(self._log)
+        self._watch_passes()
 
     def use(self, reference: Reference, adapted: Mapping[str, Reference] | None = None) -> None:
         """The weights are these from now on."""
@@ -62,6 +64,7 @@ class Checker:
         return self._references[ticket.sent.get("lora_id")](tokens)
 
     def close(self) -> None:
+        self._undo()
         logging.getLogger("kvshare_sched").removeHandler(self._log)
         logging.getLogger("radix_ext").removeHandler(self._log)
 
@@ -76,7 +79,6 @@ class Checker:
             elif ticket.finished is not None or self.bench.passes % 4:
                 continue
             self._tree(ticket)
-        self._pass()
         self._complaints()
 
     def when_idle(self) -> None:
@@ -171,21 +173,28 @@ class Checker:
 
     # ---- books ----
 
-    def _pass(self) -> None:
-        """What SGLang's scheduler takes for granted."""
-        scheduler = self.bench.scheduler
-        for batch in (scheduler.last_batch, scheduler.running_batch):
-            if batch is None or not batch.reqs:
-                continue
-            if batch.forward_mode is not None and batch.forward_mode.is_extend():
-                cut = [
-                    r.rid for r in batch.reqs if r.extend_end < len(r.full_untruncated_fill_ids) and not r.output_ids
-                ]
-                cut = [r for r in cut if scheduler.chunked_req is None or r != scheduler.chunked_req.rid]
-                if len(cut) > 1:
-                    self._fail(f"several prompts are cut in one pass: {cut}")
-        if self.bench.pipeline.tree.active < 0:
-            self._fail(f"{self.bench.pipeline.tree.active} pins")
+    def _watch_passes(self) -> None:
+        """Before memory is taken for a prefill pass, what our hooks lean on in SGLang's scheduler must hold."""
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+        scheduler, prepare = self.bench.scheduler, ScheduleBatch.prepare_for_extend
+        adders, make = [], scheduler.get_prefill_adder_class()
+        scheduler.get_prefill_adder_class = lambda: (
+            lambda *args, **more: adders.append(make(*args, **more)) or adders[-1]
+        )
+
+        def checked(batch) -> None:
+            invariants.cut_prompts(batch)
+            invariants.waiting_chunk(scheduler, batch)
+            invariants.pieces(batch)
+            invariants.budget(adders[-1])
+            invariants.rows(batch, scheduler.chunked_prefill_size)
+            invariants.memory(batch)
+            adders.clear()
+            prepare(batch)
+
+        ScheduleBatch.prepare_for_extend = checked
+        self._undo = lambda: setattr(ScheduleBatch, "prepare_for_extend", prepare)
 
     def _complaints(self) -> None:
         """Lines of our log that tell of a failure nobody has injected."""

@@ -1,4 +1,4 @@
-"""Random traffic with fixed seeds. A longer run, and the shortest steps that lead to a finding: `long_run.py --help`."""
+"""Random traffic with fixed seeds. A longer run, and the shortest steps to a finding: `long_run.py --help`."""
 
 from __future__ import annotations
 

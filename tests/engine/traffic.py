@@ -318,9 +318,10 @@ class Traffic(RuleBasedStateMachine):
         """Everything is answered; then all books must be closed."""
         quiet = 0
         while not self.bench.idle:
-            before = self.bench.tokens
+            before = self.bench.tokens, self.bench.pipeline.auditor.upto, self.bench.pipeline.auditor.tokens
             self.run_passes(1)
-            quiet = 0 if self.bench.tokens != before else quiet + 1
+            after = self.bench.tokens, self.bench.pipeline.auditor.upto, self.bench.pipeline.auditor.tokens
+            quiet = 0 if after != before else quiet + 1
             assert quiet < 150, f"nobody gets anything: {self.bench.describe()}"
         self.run_passes(2)
         if self.bench.idle and self.session is None:

@@ -1,9 +1,10 @@
 """The report in the client's answer; runs in the process that talks HTTP.
 
-SGLang collects `customized_info` by output token, or by request, as ours: one object per answer. It arrives with the
-first output, or with the end of an answer that has none, and is repeated in the `meta_info` of every later chunk of
-the same answer. The OpenAI endpoints have no meta_info; their `metadata`, which clients ignore when they do not know
-it, gets a list `kvshare` with one report for each of the `choices` in the same JSON object (streams: the last chunk).
+SGLang collects `customized_info` as a list per output token. Ours is one object per answer: it arrives with the first
+output, or under a key of its own with the end of an answer that has none, and is repeated in the `meta_info` of every
+later chunk of the same answer. The OpenAI endpoints have no meta_info; their `metadata`, which clients ignore when they
+do not know it, gets a list `kvshare` with one report for each of the `choices` in the same JSON object (streams: the
+last chunk).
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ from kvshare_sched import recent
 from kvshare_sched.tenants.hold import DELAY, HOLD_KEY, Hold, delay_s
 
 _ATTRIBUTE = "kvshare_report"
+_KEYS = {"kvshare", "kvshare_whole"}  # as `sglang_adapter` names them
 _RECENT = 8192  # answers whose report a stream may still ask for
 _recent: OrderedDict[str, dict] = OrderedDict()  # request id -> report
 
 
 def update_request_meta_info(original, manager, meta_info, state, customized_info, index, finish_reason):
     """Around `TokenizerManager.update_request_meta_info`: our key becomes one object, not a list."""
-    if "kvshare" in customized_info:
-        reports = [r for r in customized_info["kvshare"][index] or () if r is not None]
+    if not _KEYS.isdisjoint(customized_info):
+        sent = [customized_info[key][index] or () for key in sorted(_KEYS & customized_info.keys())]
+        reports = [report for values in sent for report in values if report is not None]
         if reports and HOLD_KEY in reports[0]:
             setattr(state, DELAY, delay_s(Hold(*reports[0][HOLD_KEY]), time.perf_counter()))
         elif reports:
             if (details := reports[0].pop("details", None)) is not None:  # for our own pages only
                 recent.requests.remember(meta_info["id"], reports[0], details)
             setattr(state, _ATTRIBUTE, reports[0])
-        customized_info = {k: v for k, v in customized_info.items() if k != "kvshare"}
+        customized_info = {k: v for k, v in customized_info.items() if k not in _KEYS}
     report = getattr(state, _ATTRIBUTE, None)
     if report is not None:
         meta_info["kvshare"] = report

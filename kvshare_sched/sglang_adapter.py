@@ -21,6 +21,7 @@ from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
 
 logger = logging.getLogger(__name__)
 REPORT_KEY = "kvshare"  # in customized_info, meta_info and custom_params
+WHOLE_KEY = "kvshare_whole"  # in customized_info, for an answer of no token
 _ROWS = 8  # rows of a pass for every token of its budget, at most
 
 
@@ -118,19 +119,20 @@ def _view_of(req, stamp: Stamp | None) -> RequestView | Reason:
 
 
 def attach_report(req, session, report, pipeline) -> None:
-    """Let the answer carry the report: one object, sent once with the request's first output, or its end.
+    """Let the answer carry the report: one object, with the first output token, or with the end when there is none.
 
     Taken off before the client sees it: details, for our own pages; of a hidden request there is only when to answer.
     """
     info = req.customized_info or {}
-    if REPORT_KEY in info:
+    key = REPORT_KEY if req.sampling_params.max_new_tokens else WHOLE_KEY
+    if key in info:
         return
     if session.hidden:
         told = {HOLD_KEY: tuple(session.hold(pipeline.costs))}
     else:
         details = _details(req, session, pipeline.index)
         told = report.to_json() | ({"details": details} if details else {})
-    req.customized_info = info | {REPORT_KEY: [told]}
+    req.customized_info = info | {key: [told]}
 
 
 def _tell(req, session, pipeline, report) -> None:
@@ -317,9 +319,11 @@ def change_weights(original, manager, recv_req):
 
 
 def request_level_key(original, streamer, key):
-    """Around `SchedulerOutputStreamer.is_request_level_customized_info_key`: a report goes with the request, not with
-    its first output token, of which a request for none has none."""
-    return key == REPORT_KEY or original(streamer, key)
+    """Around `SchedulerOutputStreamer.is_request_level_customized_info_key`: the report of an answer of no token.
+
+    What goes with output tokens reaches every chunk of an answer, what goes with the request its first one alone.
+    """
+    return key == WHOLE_KEY or original(streamer, key)
 
 
 _WEIGHTS = (

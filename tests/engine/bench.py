@@ -169,9 +169,9 @@ class Bench:
             ticket = self.tickets[int(address)]
             ticket.output += list(payload.output_ids[at])
             self.tokens += len(payload.output_ids[at]) + (payload.finished_reasons[at] is not None)
-            reports = ((custom or {}).get("kvshare") or [None] * len(payload.rids))[at]
-            for report in reports if isinstance(reports, list) else [reports]:
-                ticket.report = report if report is not None else ticket.report
+            for key in ("kvshare", "kvshare_whole"):
+                for report in (custom or {}).get(key, [()] * len(payload.rids))[at] or ():
+                    ticket.report = report if report is not None else ticket.report
             if payload.input_token_logprobs_val and payload.input_token_logprobs_val[at] is not None:
                 ticket.input_logprobs += list(payload.input_token_logprobs_val[at])
             if payload.output_token_logprobs_val and payload.output_token_logprobs_val[at] is not None:

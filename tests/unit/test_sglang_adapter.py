@@ -29,7 +29,7 @@ def request(rid: str = "r", prompt: int = 5, wish: object = None, **more) -> Sim
         **{"positional_embed_overrides": None, "return_hidden_states": False, "return_pooled_hidden_states": False},
         **{"skip_radix_cache_insert": False, "return_logprob": False, "beam_group": None},
         "time_stats": SimpleNamespace(trace_ctx=trace.TraceNullContext()),
-        "sampling_params": SimpleNamespace(custom_params=None if wish is None else {"kvshare": wish}),
+        "sampling_params": SimpleNamespace(max_new_tokens=4, custom_params=None if wish is None else {"kvshare": wish}),
     }
     return SimpleNamespace(**made | more)
 

@@ -258,6 +258,7 @@ def running(
             try:
                 yield bench
             finally:
+                gc.unfreeze()
                 bench._stop()
         finally:
             _end(scheduler)

@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40, help="steps an engine")
     parser.add_argument("--shrink", action="store_true", help="look for the shortest steps that lead to a finding")
     parser.add_argument("--stock", action="store_true", help="with all of ours off, to tell SGLang's faults from ours")
-    parser.add_argument("--out", type=Path, help="JSON file of the numbers")
+    parser.add_argument("--out", type=Path, help="JSON file the numbers go into, such as benchmarks/core.json")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -84,7 +84,10 @@ def main() -> int:
         found |= kind.numbers
     print(json.dumps(found))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        kept = json.loads(args.out.read_text()) if args.out.exists() else {}
+        kept["traffic"] = found
+        kept["figures"] = kept.get("figures", {}) | {"bench_requests": found["requests"], "bench_findings": findings}
+        args.out.write_text(json.dumps(kept, indent=1) + "\n")
     return min(findings, 1)
 
 

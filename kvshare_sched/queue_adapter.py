@@ -80,7 +80,7 @@ def add_one_req(original, adder, req, *args, **kwargs):
 def preempt_to_schedule(original, adder, req, *args, **kwargs):
     """Around `PrefillAdder.preempt_to_schedule`: nobody loses its memory to a request that is then refused."""
     queue = getattr(adder.tree_cache, "queue", None)
-    if queue is not None and not (queue.may_start(req) and queue.fits(req, adder)):
+    if queue is not None and not queue.may_preempt(req, adder):
         return False
     return original(adder, req, *args, **kwargs)
 

@@ -98,26 +98,28 @@ class ServerQueue:
 
     def may_start(self, req) -> bool:
         """Whether it is a request's turn in this pass."""
-        self._no_room = False
+        self._no_room, self._unasked = False, None
         try:
             return not self._in_force or self.queue.may_start(_name(req))
         except Exception:
             self._failed("admission")
             return True
 
-    def fits(self, req, adder) -> bool:
-        """Whether a request may run beside a prompt that is cut, as far as is known: it cannot be cut itself."""
+    def may_preempt(self, req, adder) -> bool:
+        """Whether it is a request's turn, and it fits beside a prompt that is cut; it cannot be cut itself."""
         try:
-            if not self._in_force or self._long is None:
+            if not self._in_force:
                 return True
-            return self._long in adder.can_run_list and self.queue.work(_name(req)) <= adder.rem_chunk_tokens
+            fits = self._long is None or (
+                self._long in adder.can_run_list and self.queue.work(_name(req)) <= adder.rem_chunk_tokens
+            )
+            return fits and self.queue.may_start(_name(req))
         except Exception:
             self._failed("preemption")
             return True
 
     def has_room(self, req, adder) -> bool:
         """Whether the KV pool should take a request while others run; asked only of those whose turn it is."""
-        self._unasked = None
         try:
             self._no_room = self._in_force and not self._has_room(req, adder)
             return not self._no_room

@@ -524,6 +524,22 @@ def test_a_long_prompt_in_chunks_leaves_half_of_the_next_one_to_short_prompts():
     assert limit == 800
 
 
+def test_room_beside_a_long_prompt_is_left_once_when_nobody_is_asked():
+    world = World(quantum=100_000)
+    world.waiting = [Req("short", 200)]
+    world.order()
+
+    def limit(long: Req) -> int | None:
+        return queue_adapter.chunk_limit(None, world.policy, long, world.waiting, 1000, 1)
+
+    long = Req("long", 5000)
+    assert limit(long) == 800
+    world.queue.may_start(world.waiting[0])
+    assert limit(long) == 800, "somebody was asked in between, whatever came of it"
+    assert limit(long) is None and limit(long) is None, "as many requests run as may"
+    assert limit(Req("another", 5000)) == 800
+
+
 @pytest.mark.parametrize(
     ("argv", "policy", "expected"),
     [

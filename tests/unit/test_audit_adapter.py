@@ -60,6 +60,7 @@ class Req(SimpleNamespace):
     def __init__(self, recv_req):
         super().__init__(rid=recv_req.rid, origin_input_ids=recv_req.input_ids, cached_tokens=0, output_ids=[7])
         self.finished_reason = self.finished_output = None
+        self.logprob = SimpleNamespace(input_token_ids_logprobs_val=None, input_top_logprobs_idx=None)
 
     def finished(self) -> bool:
         return self.finished_reason is not None

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvshare_sched import client_report
+from kvshare_sched.sglang_adapter import REPORT_KEY, WHOLE_KEY
 from kvshare_sched.tenants.hold import HOLD_KEY
 
 
@@ -23,10 +24,14 @@ class Answer:
     def __init__(self, rid: str = "r"):
         self.rid, self.state = rid, SimpleNamespace()
 
-    def goes_on(self, *told: dict) -> dict:
+    def goes_on(self, *told: dict, key: str = REPORT_KEY) -> dict:
         """The `meta_info` of another chunk; told: what came with it, at most one object."""
-        meta, info = {"id": self.rid}, {"kvshare": [list(told)]} if told else {}
-        client_report.update_request_meta_info(lambda *_: None, None, meta, self.state, info, 0, None)
+        meta, info = {"id": self.rid}, {"a client's": [[1]]} | ({key: [list(told)]} if told else {})
+        passed: list = []
+        client_report.update_request_meta_info(
+            lambda *given: passed.append(given), None, meta, self.state, info, 0, None
+        )
+        assert passed[0][3] == {"a client's": [[1]]}
         return meta
 
 
@@ -49,6 +54,11 @@ def test_a_report_goes_with_every_chunk_and_with_the_streams_last():
     assert answer.goes_on()["kvshare"] == {"reused": 5}
     assert last_chunk() == {"kvshare": [{"reused": 5}]}
     assert last_chunk("another") is None
+
+
+def test_an_answer_of_no_token_has_its_report_too():
+    assert Answer().goes_on({"reused": 5}, key=WHOLE_KEY)["kvshare"] == {"reused": 5}
+    assert last_chunk() == {"kvshare": [{"reused": 5}]}
 
 
 def test_an_answer_without_a_report_does_not_find_that_of_an_earlier_one_with_its_id():

@@ -25,7 +25,13 @@ def admitted(world: World, stamp: Stamp, tokens, exact_len: int = 0):
     """A session whose whole prompt has run, and what travels with its answer."""
     view = RequestView("r", space("acme"), tokens, exact_len, len(tokens), {}, lenders_of(stamp, space("acme")))
     session = world.pipeline.admit(view, "r", len(tokens), exact_len, stamp)
-    req = SimpleNamespace(customized_info=None, rid="r", extra_key=space("acme").extra_key, cache_salt=None)
+    req = SimpleNamespace(
+        customized_info=None,
+        rid="r",
+        sampling_params=SimpleNamespace(max_new_tokens=4),
+        extra_key=space("acme").extra_key,
+        cache_salt=None,
+    )
     req.lora_id = None
     session.on_report = lambda report: attach_report(req, session, report, world.pipeline)
     world.pipeline.begin(session)
@@ -70,7 +76,7 @@ def test_a_trace_that_the_client_may_have_begun_tells_nothing_of_a_hidden_reques
     world.donate(LIBRARY, 1)
     for stamp, expected in ((HIDDEN, []), (OPEN, [600])):
         session, _ = admitted(world, stamp, prompt(1))
-        req = SimpleNamespace(customized_info={"kvshare": []})
+        req = SimpleNamespace(customized_info={"kvshare": []}, sampling_params=SimpleNamespace(max_new_tokens=4))
         sglang_adapter._tell(req, session, world.pipeline, session.report(COSTS))
         assert marked == expected
 

@@ -36,8 +36,8 @@ def test_nothing_of_the_old_weights_is_lent(world):
 def test_waiting_audits_are_dropped_also_one_between_two_pieces(world):
     world.compute(text(1))
     auditor = world.pipeline.auditor
-    for _ in range(3):
-        world.say(session := world.begin(borrowing(1)))
+    for head in (9, 10, 11):
+        world.say(session := world.begin(borrowing(1, head)))
         world.answered(session)
     assert auditor.start(10_000) is auditor.running and len(auditor.queue) == 2
     world.pipeline.weights_change()
@@ -101,15 +101,15 @@ def test_every_change_counts(world):
     assert world.compute(text(1)).donor_id is not None
 
 
-def test_the_same_text_is_looked_up_anew(world):
-    """Lookups are remembered for as long as nothing has changed."""
-    world.compute(text(1))
-    for _ in range(2):
-        assert world.begin(borrowing(1)).plan is not None
-    world.pipeline.weights_change()
-    assert world.begin(borrowing(1)).plan is None
-    world.compute(text(1))
-    assert world.begin(borrowing(1)).plan is not None
+def test_what_a_prompt_has_paid_counts_no_longer(world):
+    """Whoever borrows the same again and again computes it exactly, once: by the old weights."""
+    for change, reason in ((False, Reason.RENEWED), (True, Reason.NONE)):
+        world.compute(text(1))
+        assert world.begin(borrowing(1)).reason is Reason.NONE
+        if change:
+            world.pipeline.weights_change()
+            world.compute(text(1))
+        assert world.begin(borrowing(1)).reason is reason
 
 
 def test_donors_that_a_tenant_was_promised_are_held_no_longer():

@@ -32,7 +32,7 @@ def admitted(world: World, stamp: Stamp, tokens, exact_len: int = 0):
         extra_key=space("acme").extra_key,
         cache_salt=None,
     )
-    req.lora_id = None
+    req.lora_id, req.sampling_params = None, SimpleNamespace(max_new_tokens=4)
     session.on_report = lambda report: attach_report(req, session, report, world.pipeline)
     world.pipeline.begin(session)
     session.cells = 100

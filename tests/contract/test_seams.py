@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,36 @@ def imports_of(path: Path, *, top_level_only: bool) -> set[str]:
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda s: s.path.removeprefix("sglang.srt."))
 def test_seam(seam):
     assert seam.problem() is None
+
+
+def test_every_place_that_is_hooked_or_overridden_is_in_the_list():
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    from kvshare_sched import audit_adapter, client_report, pages, queue_adapter, sglang_adapter
+    from kvshare_sched.tenants import gate
+    from kvshare_sched.tenants import hooks as tenant_hooks
+    from radix_ext.backend import KVShareRadixCache
+
+    ours = (audit_adapter, client_report, gate, pages, queue_adapter, support, tenant_hooks)
+    places = set().union(sglang_adapter.scheduler_hooks(), *(module.hooks() for module in ours))
+    overridden = {name for name in vars(KVShareRadixCache).keys() & vars(UnifiedRadixCache) if name[0] != "_"}
+    assert len(places) >= 30 and len(overridden) > 3
+    places |= {f"sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.{name}" for name in overridden}
+    assert places - {seam.path for seam in SEAMS} == set()
+
+
+def test_the_scheduler_has_what_we_read_of_it():
+    """Attributes of an instance, so no seam can name them."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    stored = {
+        node.attr
+        for node in ast.walk(ast.parse(inspect.getsource(Scheduler)))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+    in_the_engine = {"waiting_queue", "last_batch", "weight_updater"}
+    what_fits = {"tree_cache", "token_to_kv_pool_allocator", "page_size", "max_req_input_len"}
+    assert (in_the_engine | what_fits) - stored == set()
 
 
 def test_a_missing_seam_is_told_readably():

@@ -90,16 +90,17 @@ def test_what_is_approximate_is_known_of_each(world):
     assert world.pipeline.exact_up_to(borrower, 0) == 10, "the other has ended"
 
 
-def test_each_holds_its_own_pins(world):
+@pytest.mark.parametrize(("ends", "stays"), [(0, 1), (1, 0)])
+def test_each_holds_its_own_pins(world, ends, stays):
     donors = [world.compute(text(seed)).donor_id for seed in (1, 2)]
-    first, second = world.begin(borrowing(1)), world.begin(borrowing(2))
-    assert [list(session.leases) for session in (first, second)] == [[donor] for donor in donors]
+    sessions = [world.begin(borrowing(seed)) for seed in (1, 2)]
+    assert [list(session.leases) for session in sessions] == [[donor] for donor in donors]
     for _ in range(2):  # a second release changes nothing
-        world.pipeline.release(second)
+        world.pipeline.release(sessions[ends])
         assert world.tree.active == 1
-    [(segment, lease)] = world.pipeline.copies(first, 0, first.prompt_len)
-    assert (segment.donor_id, lease.donor_id, lease.released) == (donors[0], donors[0], False)
-    world.pipeline.release(first)
+    [(segment, lease)] = world.pipeline.copies(sessions[stays], 0, sessions[stays].prompt_len)
+    assert (segment.donor_id, lease.donor_id, lease.released) == (donors[stays], donors[stays], False)
+    world.pipeline.release(sessions[stays])
     assert world.tree.active == 0
 
 

@@ -18,26 +18,27 @@ _BEFORE = """\
 
 Generated from `kvshare_sched/settings.py` by `python scripts/write_docs.py`.
 
-Values come from the defaults, then from a TOML file named by `KVSHARE_CONFIG`, then from the variables below. Keys of the
-file are the names in lower case without the prefix: `min_run = 48`. All values are printed once at start. A wrong value is
-refused at launch with one line. Settings marked *per request* may also be set in a request:
+Values come from the defaults, then from a TOML file named by `KVSHARE_CONFIG`, then from the variables below. Keys of
+the file are the names in lower case without the prefix: `min_run = 48`. All values are printed once at start. A wrong
+value is refused at launch with one line. Settings marked *per request* may also be set in a request:
 `"custom_params": {"kvshare": {"ratio": 0.3}}`.
 """
 _AFTER = """\
 ## Notes
 
-- `KVSHARE_STRATEGY`: the methods are described in [serving.md](serving.md#reuse-methods). `consensus` spends less than the
-  ratio where the left context of donors and prompt agrees.
+- `KVSHARE_STRATEGY`: the methods are described in [serving.md](serving.md#reuse-methods). `consensus` spends less
+  than the ratio where the left context of donors and prompt agrees.
 - `KVSHARE_CHECK_LAYER` is used by `dhd` and `cacheblend`: all rows run up to this layer, then the choice is made.
-- `KVSHARE_REPAIR_ORDER`: `fifo` repairs all tokens in ascending order and ends at exact KV; `lagged` and `attention` repair
-  by importance.
-- `KVSHARE_QUANTUM`, `KVSHARE_TENANT_WEIGHTS`, `KVSHARE_DUPLICATE_WAIT`, `KVSHARE_POOL_KEEP`: the bounds that follow are in
-  [kvshare_sched/scheduling/README.md](../kvshare_sched/scheduling/README.md).
+- `KVSHARE_REPAIR_ORDER`: `fifo` repairs all tokens in ascending order and ends at exact KV; `lagged` and `attention`
+  repair by importance.
+- `KVSHARE_QUANTUM`, `KVSHARE_TENANT_WEIGHTS`, `KVSHARE_DUPLICATE_WAIT`, `KVSHARE_POOL_KEEP`: the bounds that follow
+  are in [kvshare_sched/scheduling/README.md](../kvshare_sched/scheduling/README.md).
 - `KVSHARE_TENANTS_FILE`, `KVSHARE_LIBRARY`, `KVSHARE_BORROW_LOG`: [tenants.md](tenants.md).
 - `KVSHARE_AUDIT_SHARE`, `KVSHARE_TARGET_KL`: [quality.md](quality.md#the-running-server-audits-itself).
 
-Variables that are no settings: `KVSHARE_CONFIG` (path of the TOML file), `KVSHARE_CACHE` (folder of the embedded model),
-`KVSHARE_ADMIN_KEY` (an operator's key, for the commands), `KVSHARE_STAMP_SECRET` (one secret for several nodes).
+Variables that are no settings: `KVSHARE_CONFIG` (path of the TOML file), `KVSHARE_CACHE` (folder of the embedded
+model), `KVSHARE_ADMIN_KEY` (an operator's key, for the commands), `KVSHARE_STAMP_SECRET` (one secret for several
+nodes).
 """
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-_FOLDERS = ("benchmarks", "dashboards", "docs", "kernels", "kvshare_sched", "radix_ext", "scripts", "tests")
+_FOLDERS = ("benchmarks", "dashboards", "docs", "findings", "kernels", "kvshare_sched", "radix_ext", "scripts", "tests")
 # Written by `kvshare bench`, `kvshare eval` and dashboards/generate.py; their tables follow the data.
-_MADE = {path for path in (ROOT / "benchmarks").rglob("report.md")} | {ROOT / "dashboards" / "metrics.md"}
+_MADE = set((ROOT / "benchmarks").rglob("report.md")) | {ROOT / "dashboards" / "metrics.md"}
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in _FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 WRITTEN = [page for page in PAGES if page not in _MADE]
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -12,6 +12,15 @@ _FOLDERS = ("benchmarks", "dashboards", "docs", "findings", "kernels", "kvshare_
 _MADE = set((ROOT / "benchmarks").rglob("report.md")) | {ROOT / "dashboards" / "metrics.md"}
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in _FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 WRITTEN = [page for page in PAGES if page not in _MADE]
+_STARTS = (
+    "kvshare_sched",
+    "kvshare_sched/engine/sglang",
+    "radix_ext",
+    "kernels/kvshare_kernels",
+    "tests",
+    "tests/unit",
+    "scripts",
+)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -39,6 +48,18 @@ def _broken(page: Path) -> list[str]:
     return broken
 
 
+def _follows_the_tree(page: Path) -> bool:
+    """Not the records of what was decided and changed once, and what was found in other packages."""
+    return page.name != "CHANGELOG.md" and not {"decisions", "findings"} & set(page.parts)
+
+
+def _missing(page: Path) -> list[str]:
+    """Python files in backquotes that are nowhere: neither beside the page nor in one of our folders."""
+    starts = (page.parent, ROOT, *(ROOT / start for start in _STARTS))
+    named = re.findall(r"`([\w./*-]+\.(?:py|cuh))`", page.read_text())
+    return [name for name in named if not any(any(start.glob(name)) for start in starts)]
+
+
 def _load_script():
     spec = importlib.util.spec_from_file_location("write_docs", ROOT / "scripts" / "write_docs.py")
     script = importlib.util.module_from_spec(spec)
@@ -55,6 +76,17 @@ def test_a_broken_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A title: `x`\n[a](#a-title-x) [b](#missing) [c](gone.md) [d](https://example.org/gone)\n")
     assert _broken(page) == ["#missing", "gone.md"]
+
+
+@pytest.mark.parametrize("page", [page for page in WRITTEN if _follows_the_tree(page)], ids=_name)
+def test_named_files_exist(page):
+    assert _missing(page) == []
+
+
+def test_a_file_that_is_nowhere_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("`settings.py`, `kvshare_sched/settings.py`, `unit/test_docs.py`, `gone.py`, `tests/gone_*.py`\n")
+    assert _missing(page) == ["gone.py", "tests/gone_*.py"]
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=_name)

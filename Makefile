@@ -7,7 +7,7 @@ demo: setup       ## the main job: stock SGLang, real model, reuse off and on si
 	@.venv/bin/kvshare demo
 
 eval: setup       ## answer quality of every method on real text, small version (some 15 minutes); out/eval
-	@.venv/bin/kvshare eval --cases 24 --ratios 0.18 --methods naive,random,epic,cacheblend,kvshare,default,quality,speed
+	@.venv/bin/kvshare eval --cases 24 --ratios 0.18 --methods naive,random,epic,cacheblend,dhd,default,quality,speed
 
 # In turns on a CPU; there alone it was tried, and there alone two servers surely fit beside each other.
 bench: setup      ## load test: stock SGLang (lpm) and ours on the same RAG and agent traces (under 15 minutes); out/bench

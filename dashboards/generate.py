@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from kvshare_sched.series import PREFIX, SERIES, Series
+from kvshare_sched.observe.series import PREFIX, SERIES, Series
 
 HERE = Path(__file__).resolve().parent
 SCHEMA = 39  # Grafana 11; newer ones migrate it on import

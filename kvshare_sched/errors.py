@@ -4,7 +4,7 @@ KVShareError
 ├── ConfigError        a setting is wrong; says the value, the accepted ones and the remedy
 ├── UnsupportedError   the server, model or SGLang version cannot be served; refused at start-up by name
 ├── SetupError         something that must be installed or prepared first is missing
-└── PlanError          a record broke one of its own invariants (a bug in this project)
+└── PlanError          a record broke one of its own invariants (a bug in this project); also a `radix_ext` record's
 """
 
 

@@ -1,6 +1,7 @@
 """SGLang's entry point: register names, import nothing heavy, wire nothing until our backend is chosen."""
 
-BACKEND = "kvshare"
+from kvshare_sched.errors import ConfigError
+from kvshare_sched.settings import BACKEND, KVShareConfig
 
 
 def register() -> None:
@@ -8,13 +9,13 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from kvshare_sched import client_report, pages, support
+    from kvshare_sched.engine.sglang import http_pages, http_reports, support
 
     if BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(BACKEND, _radix_cache)
-    hooks = {**support.hooks(), **client_report.hooks(), **pages.hooks()}
+    hooks = {**support.hooks(), **http_reports.hooks(), **http_pages.hooks()}
     if _with_tenants():
-        from kvshare_sched.tenants import hooks as tenant_hooks
+        from kvshare_sched.engine.sglang import http_identity as tenant_hooks
 
         hooks |= tenant_hooks.hooks()
     for seam, hook in hooks.items():
@@ -23,9 +24,6 @@ def register() -> None:
 
 def _with_tenants() -> bool:
     """Whether a tenants file is named. A wrong setting is told by the launcher, which refuses to start."""
-    from kvshare_sched.config import KVShareConfig
-    from kvshare_sched.errors import ConfigError
-
     try:
         return bool(KVShareConfig.load().tenants_file)
     except ConfigError:
@@ -33,6 +31,6 @@ def _with_tenants() -> bool:
 
 
 def _radix_cache(ctx):
-    from radix_ext.backend import create
+    from kvshare_sched.engine.sglang.cache import create
 
     return create(ctx)

@@ -16,8 +16,8 @@ from itertools import chain
 
 import numpy as np
 
-from kvshare_sched.types import Segment
-from radix_ext.segment_index import common_prefix
+from radix_ext.index import common_prefix
+from radix_ext.records import Segment
 
 _MAX_DIAGONALS = 64  # (donor, offset) pairs examined in full: keeps a lookup linear in the prompt
 _MAX_GAP = 64  # tokens between two runs of a donor that still count as one left context

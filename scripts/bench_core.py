@@ -49,8 +49,8 @@ def look_up(index, space, tokens: np.ndarray) -> tuple[list, tuple]:
 
 def full_index(length: int, repeats: int, capacity: int = TOKENS) -> tuple[dict, dict]:
     """Publishes and requests at an index full of donors of `length` tokens; returns times and sizes."""
-    from kvshare_sched.types import Namespace
-    from radix_ext.segment_index import SegmentIndex
+    from radix_ext.index import SegmentIndex
+    from radix_ext.records import Namespace
 
     rng = np.random.default_rng(length)
     index = SegmentIndex(window=16, min_run=32, capacity=capacity)
@@ -81,8 +81,8 @@ def full_index(length: int, repeats: int, capacity: int = TOKENS) -> tuple[dict,
 
 def equal_tokens(repeats: int, length: int = EQUAL) -> tuple[dict, dict]:
     """Lookups of a prompt that repeats one token."""
-    from kvshare_sched.types import Namespace
-    from radix_ext.segment_index import SegmentIndex
+    from radix_ext.index import SegmentIndex
+    from radix_ext.records import Namespace
 
     rng, space = np.random.default_rng(0), Namespace("tenant")
     index = SegmentIndex(window=16, min_run=32, capacity=TOKENS)
@@ -97,10 +97,12 @@ def equal_tokens(repeats: int, length: int = EQUAL) -> tuple[dict, dict]:
 
 def charges(repeats: int, segments: int = SEGMENTS) -> tuple[dict, dict]:
     """One pass over a long prompt: where to cut it, then the charge of the piece and of the whole."""
-    from kvshare_sched.config import KVShareConfig
-    from kvshare_sched.planner import CostModel
-    from kvshare_sched.session import Session
-    from kvshare_sched.types import Reason, ReusePlan, Segment
+    from kvshare_sched.records.plan import ReusePlan
+    from kvshare_sched.records.request import Reason
+    from kvshare_sched.reuse.costs import CostModel
+    from kvshare_sched.reuse.session import Session
+    from kvshare_sched.settings import KVShareConfig
+    from radix_ext.records import Segment
 
     def others(at: int) -> tuple[Segment, ...]:
         return tuple(Segment(number, 40_000 + at, at, 40) for number in (2, 3, 4))

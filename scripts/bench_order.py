@@ -23,12 +23,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.pipeline import Pipeline
-from kvshare_sched.planner import CostModel
-from kvshare_sched.queue_adapter import calc_priority
-from kvshare_sched.server_queue import ServerQueue
-from kvshare_sched.types import Namespace
+from kvshare_sched.engine.sglang.queue_hooks import calc_priority
+from kvshare_sched.engine.sglang.waiting_queue import ServerQueue
+from kvshare_sched.reuse.costs import CostModel
+from kvshare_sched.reuse.lifecycle import Pipeline
+from kvshare_sched.settings import KVShareConfig
+from radix_ext.records import Namespace
 
 SIZES = (100, 1_000, 10_000)
 PASSES = 60

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import requests
 
-from kvshare_sched import model, server
-from kvshare_sched.client import Client
+from kvshare_sched.client import launch, model
+from kvshare_sched.client.http import Client
 
 PROMPT_TOKENS, NEW_TOKENS = 600, 4
 
@@ -39,8 +39,8 @@ def main() -> None:
     options.add_argument("--pairs", type=int, default=40)
     pairs = options.parse_args().pairs
     rng = random.Random(20260730)
-    arguments = server.fill_defaults(["--model-path", str(model.prepare())])
-    with server.running(arguments, log=Path("out/overhead-server.log")) as url:
+    arguments = launch.fill_defaults(["--model-path", str(model.prepare())])
+    with launch.running(arguments, log=Path("out/overhead-launch.log")) as url:
         client = Client(url)
 
         def seconds(reuse: bool) -> float:

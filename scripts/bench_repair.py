@@ -4,7 +4,7 @@
     python scripts/bench_repair.py cost     # about two minutes
     python scripts/bench_repair.py worth    # about two minutes a case
 
-One stock server, prompts of some 2,000 tokens whose documents come back in another order behind another prefix.
+One stock launch, prompts of some 2,000 tokens whose documents come back in another order behind another prefix.
 - cost: time per output token with repair over without. The settings take turns within a round, so that a machine that
   slows down hits all of them; the ratio is one of a round, the figure the median over the rounds.
 - worth: KL from full prefill before every token of full prefill's own answer, by teacher forcing that decodes
@@ -20,10 +20,10 @@ import json
 import statistics
 from pathlib import Path
 
-from kvshare_sched import model, server
-from kvshare_sched.client import Client, kl_divergence
-from kvshare_sched.demo import library, prompt_of
+from kvshare_sched.client import launch, model
+from kvshare_sched.client.http import Client, kl_divergence
 from kvshare_sched.evaluation.forced import decoded
+from kvshare_sched.tools.demo import library, prompt_of
 
 PLAIN = "plain"
 SETTINGS = {
@@ -63,7 +63,7 @@ class Bench:
             namespace = f"cost {number}"  # a `fifo` walk publishes what it has repaired; the donors last a round
             self.client.generate(donor, new_tokens=1, namespace=namespace)
             for name, wish in SETTINGS.items():
-                reuse = {"strategy": "kvshare", **wish}
+                reuse = {"strategy": "dhd", **wish}
                 answer = self.client.generate(prompt, new_tokens=32, namespace=namespace, reuse=reuse)
                 assert answer.report["outcome"] == "reused", answer.report
                 if number:  # the first round warms up
@@ -106,11 +106,11 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5, help="of cost")
     options.add_argument("--cases", type=int, nargs="+", default=[0, 1, 2], help="of worth, by number")
     options = options.parse_args()
-    arguments = [*server.fill_defaults(["--model-path", str(model.prepare())]), *server.SMALL_POOL]
+    arguments = [*launch.fill_defaults(["--model-path", str(model.prepare())]), *launch.SMALL_POOL]
     arguments += ["--log-level", "warning", "--enable-custom-logit-processor"]
-    environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, Path("out/repair-server.log")
+    environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, Path("out/repair-launch.log")
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}
-    with server.running(arguments, env=environment, log=log) as url:
+    with launch.running(arguments, env=environment, log=log) as url:
         bench = Bench(Client(url))
         if options.part == "cost":
             kept["cost"] = bench.cost(options.rounds)

@@ -27,7 +27,7 @@ _ENGINE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import engine
-from kvshare_sched.metrics import EdgeMetrics, ShareMetrics
+from kvshare_sched.observe.metrics import EdgeMetrics, ShareMetrics
 metrics, edge = ShareMetrics(), EdgeMetrics()
 for n in range(int(sys.argv[2]) // 3 + 1):
     engine.TENANTS = [f"tenant {3 * n + i}" for i in range(3)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvshare_sched.config import KVShareConfig
+from kvshare_sched.settings import KVShareConfig
 from kvshare_sched.simulator import profile, report, traffic
 from kvshare_sched.simulator.engine import Engine
 

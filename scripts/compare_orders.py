@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvshare_sched.config import KVShareConfig
 from kvshare_sched.loadtest import workloads
 from kvshare_sched.scheduling.fairness import OUTPUT_PRICE
 from kvshare_sched.scheduling.order import KEYS
+from kvshare_sched.settings import KVShareConfig
 from kvshare_sched.simulator import profile as profiles
 from kvshare_sched.simulator import report
 from kvshare_sched.simulator.engine import Engine

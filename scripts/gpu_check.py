@@ -85,7 +85,7 @@ def tested(results, paths: list[str], device: str) -> None:
 
 def of_demo(demo: dict) -> dict:
     """The demo's figures, medians over its cases, under the names that every measured result has; and its quality."""
-    from kvshare_sched.config import KVShareConfig
+    from kvshare_sched.settings import KVShareConfig
 
     same = ("prompt_tokens", "ttft_off_s", "ttft_on_s", "ttft_ratio", "share_of_limit")
     found = {"model_shape": demo["model"], "engine": "sglang", "ratio": KVShareConfig.load().ratio}
@@ -145,7 +145,7 @@ def stage(name: str, options) -> None:
         if not engine.run(results, shapes, lengths, shares, ROOT / "out" / "gpu"):
             sys.exit(1)
     else:
-        from kvshare_sched import demo
+        from kvshare_sched.tools import demo
 
         folder = ROOT / "out" / "gpu-demo"
         if demo.run(cases=8, out=str(folder)):

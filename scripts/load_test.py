@@ -3,6 +3,6 @@
 
 import sys
 
-from kvshare_sched.cli import main
+from kvshare_sched.tools.cli import main
 
 sys.exit(main(["bench", *sys.argv[1:]]))

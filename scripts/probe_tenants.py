@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 import requests
 
-from kvshare_sched import model, server
-from kvshare_sched.client import Client
+from kvshare_sched.client import launch, model
+from kvshare_sched.client.http import Client
 from kvshare_sched.tenants.identity import hash_of
 
 SIZES = (8, 64, 512)
@@ -38,7 +38,7 @@ ASKED = 4  # times an attacker asks about one secret
 TAIL = 32  # tokens behind the text in question, new in every prompt
 IN_ORDER, BUSY = 256, 600  # tokens of a prompt whose place is probed, and of the one that keeps the engine busy
 HIDE_REUSE = 2.0
-SERVER = ("--max-running-requests", "1", *server.SMALL_POOL)
+SERVER = ("--max-running-requests", "1", *launch.SMALL_POOL)
 # (share of the time, most rounds): what they are told apart by grows with the text, and so does what a round costs
 PACE = {
     **{"stranger 8": (0.09, 40), "stranger 64": (0.13, 40), "stranger 512": (0.36, 40)},
@@ -199,13 +199,13 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kvshare-probe-"))
     (folder / "tenants.toml").write_text(FILE)
-    arguments = server.fill_defaults(["--model-path", str(model.prepare()), *SERVER])
+    arguments = launch.fill_defaults(["--model-path", str(model.prepare()), *SERVER])
     environment = {
         **{"KVSHARE_TENANTS_FILE": str(folder / "tenants.toml"), "KVSHARE_LIBRARY": str(folder / "library")},
         "KVSHARE_AUDIT_SHARE": "0",
     }
     print("starting the server", flush=True)
-    with server.running(arguments, env=environment, log=Path("out/probe-server.log")) as url:
+    with launch.running(arguments, env=environment, log=Path("out/probe-launch.log")) as url:
         found = run(Probe(url, options.seconds))
     settings = {"server": SERVER, "asked_about_one_secret": ASKED, "tail_tokens": TAIL, "order_tokens": IN_ORDER}
     settings |= {"busy_tokens": BUSY, "hide_reuse": HIDE_REUSE, "seconds": options.seconds, "cpu": platform.processor()}

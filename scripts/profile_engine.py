@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
-from kvshare_sched import model, server
-from kvshare_sched.client import Client
+from kvshare_sched.client import launch, model
+from kvshare_sched.client.http import Client
 from kvshare_sched.simulator.profile import Profile, write
 
 LENGTHS = (64, 256, 512, 1024, 2048, 3072)
@@ -114,14 +114,14 @@ def measure(probe: Probe) -> dict:
 
 
 def main() -> None:
-    """Start a server, measure, write."""
+    """Start a launch, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="benchmarks/profile-cpu.json")
     options, rest = parser.parse_known_args()
-    arguments = server.fill_defaults(rest)
+    arguments = launch.fill_defaults(rest)
     if not any(a.split("=")[0] in ("--model-path", "--model") for a in rest):
         arguments += ["--model-path", str(model.prepare())]
-    with server.running(arguments, env={"KVSHARE_AUDIT_SHARE": "0"}, log=Path("out/profile.log")) as url:
+    with launch.running(arguments, env={"KVSHARE_AUDIT_SHARE": "0"}, log=Path("out/profile.log")) as url:
         client = Client(url)
         info = client._http.get(f"{url}/server_info", timeout=60).json()
         found = measure(Probe(client, vocabulary=40_000))

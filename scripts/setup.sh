@@ -33,7 +33,7 @@ if [ $recipe = cpu ]; then
   pip pytest hypothesis ruff matplotlib
   # torchvision from PyPI is built for CUDA torch; every interpreter of the environment needs this line.
   site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  echo 'import kvshare_sched.cpu.torchvision_ops as _ops; _ops.install()' > "$site/kvshare-cpu.pth"
+  echo 'import kvshare_sched.engine.sglang.cpu.torchvision_ops as _ops; _ops.install()' > "$site/kvshare-cpu.pth"
 else
   step "1/4 the ordinary sglang dependency and the test tools (many GB)"
   pip -e '.[gpu,dev]'

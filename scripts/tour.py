@@ -29,13 +29,13 @@ import local_prometheus
 import render
 from generate import HERE, boards
 
-from kvshare_sched import model, server
-from kvshare_sched.demo import prompt_of
+from kvshare_sched.client import launch, model
 from kvshare_sched.evaluation import texts
 from kvshare_sched.evaluation.report import made_with
 from kvshare_sched.loadtest import counts
-from kvshare_sched.series import ORIGINS
+from kvshare_sched.observe.series import ORIGINS
 from kvshare_sched.tenants.identity import hash_of
+from kvshare_sched.tools.demo import prompt_of
 
 TENANTS = {"support": 'groups = ["handbook"]\nweight = 2', "research": 'groups = ["handbook"]', "sales": "requests = 1"}
 SHARED, OWN = 6, 4  # passages of the library, and of every tenant
@@ -105,8 +105,8 @@ def main() -> int:
         file, library = Path(folder) / "tenants.toml", Path(folder) / "library"
         file.write_text(tenants_file())
         environment = SETTINGS | {"KVSHARE_TENANTS_FILE": str(file), "KVSHARE_LIBRARY": str(library)}
-        arguments = server.fill_defaults(["--model-path", str(model.prepare()), *server.SMALL_POOL])
-        with server.running(arguments, env=environment, log=Path("out/tour-server.log")) as url:
+        arguments = launch.fill_defaults(["--model-path", str(model.prepare()), *launch.SMALL_POOL])
+        with launch.running(arguments, env=environment, log=Path("out/tour-launch.log")) as url:
             visitors = [
                 Visitor(url, name, [next(rest) for _ in range(OWN)] + shared * ("handbook" in given), encode)
                 for name, given in TENANTS.items()

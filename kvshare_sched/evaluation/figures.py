@@ -10,7 +10,7 @@ import numpy as np
 from kvshare_sched.evaluation.statistics import gap_recovered, geometric_ratio, mean_interval
 
 OWN = ("consensus", "default", "quality", "speed")
-PUBLISHED = ("epic", "cacheblend", "kvshare")
+PUBLISHED = ("epic", "cacheblend", "dhd")
 CELL_TOLERANCE = 0.01  # share of the reused tokens' cells: a method this little above another computes no more
 
 

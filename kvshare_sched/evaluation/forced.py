@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-from kvshare_sched.client import Client
+from kvshare_sched.client.http import Client
 
 
 class Forced(CustomLogitProcessor):

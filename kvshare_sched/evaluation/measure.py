@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvshare_sched.client import Answer, Client, kl_divergence
+from kvshare_sched.client.http import Answer, Client, kl_divergence
 from kvshare_sched.evaluation.cases import Case, Prompt
 from kvshare_sched.evaluation.methods import Method
 

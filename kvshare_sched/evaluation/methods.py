@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.strategies import get as get_strategy
+from kvshare_sched.methods.registry import get as get_strategy
+from kvshare_sched.settings import KVShareConfig
 
 # Name -> settings of the request. A further method is a line here; `default` is what the server does unasked.
 METHODS: dict[str, dict[str, object]] = {
@@ -16,15 +16,15 @@ METHODS: dict[str, dict[str, object]] = {
     "random": {"strategy": "random"},
     "epic": {"strategy": "epic"},
     "cacheblend": {"strategy": "cacheblend"},
-    "kvshare": {"strategy": "kvshare"},
+    "dhd": {"strategy": "dhd"},
     "consensus": {"strategy": "consensus"},
     "default": {},
     "quality": {"preset": "quality"},
     "speed": {"preset": "speed"},
     "default+repair": {"repair_rows": 3, "repair_order": "attention"},
-    "kvshare+repair": {"strategy": "kvshare", "repair_rows": 3, "repair_order": "attention"},
+    "dhd+repair": {"strategy": "dhd", "repair_rows": 3, "repair_order": "attention"},
 }
-_YARDSTICK = "kvshare"  # its ratio is the one a user gives; the others get as many cells
+_YARDSTICK = "dhd"  # its ratio is the one a user gives; the others get as many cells
 
 
 @dataclass(frozen=True, slots=True)

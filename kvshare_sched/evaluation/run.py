@@ -1,4 +1,4 @@
-"""`kvshare eval`: start the server, run the cases one after the other, write the report as it grows."""
+"""`kvshare eval`: start the launch, run the cases one after the other, write the report as it grows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvshare_sched import model, server
-from kvshare_sched.client import Client
-from kvshare_sched.config import KVShareConfig
+from kvshare_sched.client import launch, model
+from kvshare_sched.client.http import Client
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.evaluation import formats, methods, report, tasks, texts
 from kvshare_sched.evaluation.cases import KINDS, SEED, Case, Prompt
 from kvshare_sched.evaluation.measure import ANSWER_TOKENS, Bench
 from kvshare_sched.evaluation.statistics import RESAMPLES
+from kvshare_sched.settings import KVShareConfig
 
 
 def run(
@@ -40,13 +40,13 @@ def run(
         raise ConfigError(f"--donors {donors} leaves nothing to reuse; accepted: 1 or more.")
     chosen = deal(task_names, cases, donors, kinds)
     path, folder = Path(model_path) if model_path else model.prepare(), Path(out)
-    pool = () if model_path or "--max-total-tokens" in server_arguments else server.SMALL_POOL
-    arguments = server.fill_defaults(["--model-path", str(path), *server_arguments, *pool])
+    pool = () if model_path or "--max-total-tokens" in server_arguments else launch.SMALL_POOL
+    arguments = launch.fill_defaults(["--model-path", str(path), *server_arguments, *pool])
     render = renderer(path)
     print("starting stock SGLang with the kvshare backend ...", flush=True)
     # An audit would leave the exact KV of a prompt behind that the next method is to reuse.
-    environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, folder / "eval-server.log"
-    with server.running([*arguments, "--log-level", "warning"], env=environment, log=log) as url:
+    environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, folder / "eval-launch.log"
+    with launch.running([*arguments, "--log-level", "warning"], env=environment, log=log) as url:
         client = Client(url)
         chosen = fitting(chosen, render, client.context_length())
         warm_up = client.generate(render(chosen[0].donors[0]), new_tokens=4, namespace="warm-up")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import requests as http
 
-from kvshare_sched import model, server
-from kvshare_sched.cpu import has_nvidia_gpu
+from kvshare_sched.client import launch, model
+from kvshare_sched.client.device import has_nvidia_gpu
 from kvshare_sched.errors import ConfigError, SetupError
 from kvshare_sched.evaluation.report import made_with
 from kvshare_sched.loadtest import blocks, counts, quality, traces
@@ -60,7 +60,7 @@ def setup(name: str, common: Sequence[str]) -> Setup:
     """
     base, _, policy = name.partition("+")
     chosen = ("--schedule-policy", policy) if policy else ()
-    filled = server.fill_defaults(common)
+    filled = launch.fill_defaults(common)
     if base == "kvshare":
         return Setup(name, (*filled, *chosen), {}, True)
     if base != "stock":
@@ -111,7 +111,7 @@ def compare(
     """
     path = Path(model_path) if model_path else model.prepare()
     given = {a.split("=")[0] for a in server_arguments}
-    pool = () if model_path or "--max-total-tokens" in given else server.SMALL_POOL
+    pool = () if model_path or "--max-total-tokens" in given else launch.SMALL_POOL
     seed = () if "--random-seed" in given else ("--random-seed", "1")
     setups = [setup(n, ["--model-path", str(path), *server_arguments, *pool, *seed]) for n in names]
     settings = {
@@ -145,13 +145,13 @@ def compare(
 
 
 @contextmanager
-def _started(one: Setup, halts: bool, out: Path) -> Iterator[server.Launched]:
+def _started(one: Setup, halts: bool, out: Path) -> Iterator[launch.Launched]:
     """The server of a set-up, halted where set-ups take turns."""
     print(f"starting {one.name} ...", flush=True)
     environment, arguments = _PATIENT if halts else ({}, ())
     arguments = [*one.arguments, *arguments, "--log-level", "warning"]
     log = out / f"server-{one.name}.log"
-    with server.launched(arguments, env=one.environment | environment, log=log) as found:
+    with launch.launched(arguments, env=one.environment | environment, log=log) as found:
         if halts:
             found.halt()
         yield found

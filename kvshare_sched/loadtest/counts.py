@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import requests as http
 
-from kvshare_sched.live import Samples, State, samples_in
 from kvshare_sched.loadtest.statistics import answered
-from kvshare_sched.series import ORIGINS, PREFIX
+from kvshare_sched.observe.series import ORIGINS, PREFIX
+from kvshare_sched.observe.server_state import Samples, State, samples_in
 
 
 def scraped(url: str) -> Samples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from kvshare_sched.client import kl_divergence
+from kvshare_sched.client.http import kl_divergence
 from kvshare_sched.loadtest.runner import Player
 from kvshare_sched.loadtest.traces import Request
 

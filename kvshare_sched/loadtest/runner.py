@@ -19,7 +19,7 @@ from pathlib import Path
 
 import aiohttp
 
-from kvshare_sched.client import Client
+from kvshare_sched.client.http import Client
 from kvshare_sched.loadtest import blocks
 from kvshare_sched.loadtest.blocks import Block
 from kvshare_sched.loadtest.traces import Request

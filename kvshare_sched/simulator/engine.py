@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.renewal import Bill, Rents
+from kvshare_sched.reuse.promotion import Bill, Rents
 from kvshare_sched.scheduling.duplicates import Texts
 from kvshare_sched.scheduling.order import Waiting
 from kvshare_sched.scheduling.queue import Queue, room_beside

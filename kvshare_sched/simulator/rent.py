@@ -1,11 +1,11 @@
-"""What the server's ledger is told of a prompt that is a list of blocks; see `kvshare_sched.renewal`."""
+"""What the server's ledger is told of a prompt that is a list of blocks; see `kvshare_sched.reuse.promotion`."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
-from kvshare_sched.renewal import Bill, Piece, Rents
+from kvshare_sched.reuse.promotion import Bill, Piece, Rents
 from kvshare_sched.simulator.cache import SHORTEST, Found
 from kvshare_sched.simulator.traffic import Block
 

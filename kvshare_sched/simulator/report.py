@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.loadtest.statistics import jain
 from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.queue import Queue
+from kvshare_sched.settings import KVShareConfig
 from kvshare_sched.simulator import profile as profiles
 from kvshare_sched.simulator import traffic
 from kvshare_sched.simulator.engine import Done, Engine

@@ -7,9 +7,9 @@ import json
 import logging
 from urllib.parse import parse_qs
 
-from kvshare_sched.tenants.edge import DOCUMENTS, path_of
 from kvshare_sched.tenants.librarian import Librarian
 from kvshare_sched.tenants.library import LONGEST_TEXT, Rejected, checked
+from kvshare_sched.tenants.middleware import DOCUMENTS, path_of
 
 logger = logging.getLogger(__name__)
 _LONGEST_BODY = 6 * LONGEST_TEXT + 65_536  # bytes: JSON may write a character as \\uXXXX

@@ -15,10 +15,10 @@ import logging
 import time
 from dataclasses import replace
 
-from kvshare_sched.tenants.edge import Edge, own_request
 from kvshare_sched.tenants.library import Document, Library, Rejected
+from kvshare_sched.tenants.middleware import Edge, own_request
 from kvshare_sched.tenants.namespaces import DOCUMENTS, name_of
-from kvshare_sched.tenants.stamping import stamp_document
+from kvshare_sched.tenants.stamp_request import stamp_document
 
 logger = logging.getLogger(__name__)
 _LOOK_S = 5.0  # between two looks at one document

@@ -13,6 +13,8 @@ import functools
 import hashlib
 from collections.abc import Sequence
 
+from radix_ext.records import Namespace
+
 TENANT, DOCUMENTS = "tenant", "documents"
 _MARK = "kvshare"
 _LONGEST_NAME = 512  # characters of a name of ours, by far; longer texts are clients' own and are not remembered
@@ -64,6 +66,11 @@ def within(extra_key: str | None, cache_salt: str | None) -> str | None:
 def owner_of(extra_key: str | None) -> str:
     """The tenant a namespace belongs to; `documents:GROUP` for a library; an extra_key of no such form names itself."""
     return _owner_of(extra_key) if len(extra_key or "") <= _LONGEST_NAME else extra_key
+
+
+def namespace(extra_key: str | None, cache_salt: str | None = None, lora_id: str | None = None) -> Namespace:
+    """The isolation boundary of these parts, with its owner."""
+    return Namespace(extra_key, cache_salt, lora_id, owner_of(extra_key))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,8 +12,8 @@ import random
 import statistics
 from pathlib import Path
 
-from kvshare_sched import server
-from kvshare_sched.client import Client
+from kvshare_sched.client import launch
+from kvshare_sched.client.http import Client
 
 from .results import Results
 from .shapes import SHAPES
@@ -54,16 +54,16 @@ def pair(client: Client, prompts: Prompts, tokens: int, share: float):
 
 
 def shape(results: Results, name: str, lengths: list[int], shares: list[float], folder: Path) -> bool:
-    """One server, all lengths and ratios, then prompts without a match; whether every prompt reused what it could."""
+    """One launch, all lengths and ratios, then prompts without a match; whether every prompt reused what it could."""
     reused = True
     config = folder / "models" / name / "config.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(SHAPES[name].config()))
-    arguments = server.fill_defaults(
+    arguments = launch.fill_defaults(
         ["--model-path", str(config.parent), "--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16"]
     )
     environment = {"KVSHARE_AUDIT_SHARE": "0", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
-    with server.running(arguments, env=environment, log=folder / f"engine-{name}.log") as url:
+    with launch.running(arguments, env=environment, log=folder / f"engine-{name}.log") as url:
         client, prompts = Client(url), Prompts(SHAPES[name].vocabulary)
         for _ in range(2):
             pair(client, prompts, lengths[0], shares[0])  # kernels are compiled on their first call

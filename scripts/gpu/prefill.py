@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kvshare_kernels import PagedRows, attention_column_mass, copy_rotate, on_device, top_k
-from kvshare_sched.strategies.consensus import early_layers
+from kvshare_sched.methods.consensus import early_layers
 
 from .kernels import attentions, causal, rotary
 from .results import Results, seconds

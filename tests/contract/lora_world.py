@@ -157,10 +157,10 @@ def kept_rows(per_request) -> np.ndarray:
 
 def measure(runner) -> dict[str, float]:
     """Largest differences of logits to SGLang's own forward pass."""
-    from kvshare_sched import adapters
-    from kvshare_sched.config import KVShareConfig
-    from kvshare_sched.executor import Executor
-    from kvshare_sched.support import rotary_table
+    from kvshare_sched.engine.sglang import lora
+    from kvshare_sched.engine.sglang.rotary import rotary_table
+    from kvshare_sched.runtime.executor import Executor
+    from kvshare_sched.settings import KVShareConfig
 
     pipeline = SimpleNamespace(config=KVShareConfig(), weights=0, abandon=lambda session: None)
     pipeline.chunk_done = lambda session, end: None
@@ -189,9 +189,9 @@ def measure(runner) -> dict[str, float]:
     executor._run = lambda input_ids, positions, batch, chunks: asking(input_ids, positions, batch)
     found["failed"] = off(world.forward(executor.forward))
     # Without us the tests above must fail.
-    with mock.patch.object(adapters, "restore", lambda *_: None):
+    with mock.patch.object(lora, "restore", lambda *_: None):
         found["unrestored"] = off(world.forward(executor.forward))
-    with mock.patch.object(adapters, "route", lambda *_: None):
+    with mock.patch.object(lora, "route", lambda *_: None):
         found["unrouted"] = off(world.forward(selected))
 
     world.forward()  # the prompts' own KV again

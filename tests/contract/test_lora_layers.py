@@ -16,11 +16,11 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from kvshare_sched import audit_adapter, support
-from kvshare_sched.sglang_adapter import namespace_of
+from kvshare_sched.engine.sglang import audit_hooks, support
+from kvshare_sched.engine.sglang.requests import namespace_of
+from kvshare_sched.engine.sglang.tree import radix_key
 from kvshare_sched.tenants.namespaces import TENANT, name_of, owner_of
-from radix_ext.donors import radix_key
-from radix_ext.segment_index import Donor
+from radix_ext.records import Donor
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_an_audit_asks_as_its_request_did():
     audit = SimpleNamespace(
         rid="a", namespace=namespace_of(req), tokens=[1, 2], ids=[3], capture=SimpleNamespace(prompt_len=1)
     )
-    asked = audit_adapter.request_of(audit, upto=2)
+    asked = audit_hooks.request_of(audit, upto=2)
     again = request(asked.lora_id, asked.extra_key)
     assert (again.extra_key, again.lora_id, asked.cache_salt) == (req.extra_key, "adapter", "s")
 
@@ -78,7 +78,7 @@ def test_audits_go_before_the_adapter_that_they_need():
     auditor = SimpleNamespace(forget=lambda why, concerned: asked.append((why, [concerned(one) for one in audits])))
     scheduler = SimpleNamespace(tree_cache=SimpleNamespace(pipeline=SimpleNamespace(auditor=auditor)))
     told = SimpleNamespace(lora_id="gone")
-    audit_adapter.unload_lora_adapter(lambda *_: asked.append("unloaded"), scheduler, told)
+    audit_hooks.unload_lora_adapter(lambda *_: asked.append("unloaded"), scheduler, told)
     assert asked == [("unloaded", [True, False]), "unloaded"]
 
 

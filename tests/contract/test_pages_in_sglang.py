@@ -10,7 +10,7 @@ from kvshare_sched.tenants.identity import hash_of
 
 # In a process of its own: loading plug-ins patches SGLang for good, and the client must know its folder before.
 _LOOK = """
-import kvshare_sched.metrics
+import kvshare_sched.observe.metrics
 from sglang.srt.plugins import load_plugins
 from sglang.srt.entrypoints import http_server
 load_plugins()
@@ -25,19 +25,19 @@ client = TestClient(app)  # without its lifespan, which would need an engine
 for backend in (None, "kvshare"):
     app.server_args = ServerArgs(model_path="/none", radix_cache_backend=backend)
     http_server.add_prometheus_middleware(app)
-    kvshare_sched.metrics.ShareMetrics() if backend else None
+    kvshare_sched.observe.metrics.ShareMetrics() if backend else None
     print(backend, *(client.get(path, headers=browser).status_code for path in ("/metrics", "/kvshare/")))
 print("Index and pool" in client.get("/kvshare/", headers=browser).text)
 
 # The same behind the door of a tenants file: who is asking must reach handlers that run beside the event loop.
 import sys
-from kvshare_sched import recent
-from kvshare_sched.tenants.edge import Edge, Middleware
+from kvshare_sched.observe import recent_requests
+from kvshare_sched.tenants.middleware import Edge, Middleware
 from kvshare_sched.tenants.namespaces import name_of
 from kvshare_sched.tenants.reload import TenantsFile
 
 details = {"extra_key": name_of("mark", "tenant", "acme"), "cache_salt": "", "ratio": 0.2, "runs": []}
-recent.requests.remember("mine", {"outcome": "ordinary"}, details)
+recent_requests.requests.remember("mine", {"outcome": "ordinary"}, details)
 client = TestClient(Middleware(app, Edge(TenantsFile(sys.argv[1], 1000, 1000), lambda: "mark")))
 for key in ("root", "acme", "globex"):
     found = [client.get(path, headers={"x-api-key": key}) for path in ("/kvshare/", "/kvshare/requests/mine")]

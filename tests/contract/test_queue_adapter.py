@@ -15,16 +15,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 from sglang.srt.managers.schedule_policy import AddReqResult, SchedulePolicy
 
-from kvshare_sched import queue_adapter
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.planner import CostModel
-from kvshare_sched.series import WAITS
-from kvshare_sched.server_queue import ServerQueue, _name
-from kvshare_sched.session import attach
-from kvshare_sched.sglang_adapter import namespace_of
+from kvshare_sched.engine.sglang import queue_hooks
+from kvshare_sched.engine.sglang.requests import namespace_of
+from kvshare_sched.engine.sglang.waiting_queue import ServerQueue, _name
+from kvshare_sched.observe.metrics import ShareMetrics
+from kvshare_sched.observe.series import WAITS
+from kvshare_sched.records.request import Reason, RequestView
+from kvshare_sched.reuse.costs import CostModel
+from kvshare_sched.reuse.session import attach
+from kvshare_sched.settings import KVShareConfig
 from kvshare_sched.tenants.policy import Stamp
-from kvshare_sched.types import Reason, RequestView
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from fakes import FakeTree, NamedPipeline  # noqa: E402
@@ -95,7 +95,7 @@ class World:
         self.waiting: list[Req] = []
 
     def order(self) -> list[str]:
-        queue_adapter.calc_priority(self.original, self.policy, self.waiting, None, processed_tokens=0)
+        queue_hooks.calc_priority(self.original, self.policy, self.waiting, None, processed_tokens=0)
         return [req.rid for req in self.waiting]
 
     def go(self, budget=1 << 30) -> list[str]:
@@ -103,7 +103,7 @@ class World:
         self.order()
         adder = Adder(self.cache, budget)
         for req in self.waiting:
-            if queue_adapter.add_one_req(partial(Adder.add_one_req), adder, req) != AddReqResult.CONTINUE:
+            if queue_hooks.add_one_req(partial(Adder.add_one_req), adder, req) != AddReqResult.CONTINUE:
                 break
         self.waiting = [r for r in self.waiting if r not in adder.can_run_list]
         return [r.rid for r in adder.can_run_list]
@@ -336,7 +336,7 @@ def test_a_prompt_that_cannot_be_read_keeps_its_price_and_the_others_their_order
 def test_the_oldest_wait_is_shown_while_somebody_waits_and_nothing_when_the_list_is_empty(monkeypatch):
     world, registry = World(), CollectorRegistry()
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("kvshare_sched.server_queue.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("kvshare_sched.engine.sglang.waiting_queue.time.perf_counter", lambda: clock.now)
     world.queue._metrics = ShareMetrics(registry=registry).queue
 
     def shown() -> tuple:
@@ -364,11 +364,11 @@ def test_clients_that_gave_up_while_they_waited_are_forgotten_when_the_engine_is
     world.order()
     world.waiting = []  # SGLang asks for no order of an empty list
     scheduler = SimpleNamespace(tree_cache=world.cache, is_fully_idle=lambda: False)
-    queue_adapter.on_idle(world.original, scheduler)
+    queue_hooks.on_idle(world.original, scheduler)
     turn = {"for": "turn"}
     assert registry.get_sample_value("kvshare_waiting_requests", turn) == 2, "something may still run"
     scheduler.is_fully_idle = lambda: True
-    queue_adapter.on_idle(world.original, scheduler)
+    queue_hooks.on_idle(world.original, scheduler)
     assert registry.get_sample_value("kvshare_waiting_requests", turn) == 0
     assert not world.queue.waits and not any(world.queue.queue.table.items)
     world.waiting = [Req("b", 50), Req("c", 30)]
@@ -418,8 +418,8 @@ def test_room_for_cached_text_is_kept_while_others_run_and_never_when_nobody_doe
     assert world.queue.has_room(world.waiting[0], adder), "the engine is idle"
     adder.running_batch = SimpleNamespace(reqs=[Req("running")])
     assert not world.queue.has_room(world.waiting[0], adder)
-    assert queue_adapter.add_one_req(Adder.add_one_req, adder, world.waiting[0]) == AddReqResult.NO_TOKEN
-    assert queue_adapter.chunk_limit(None, world.policy, Req("long", 5000), [], 1000, 1) is None, "for nobody's good"
+    assert queue_hooks.add_one_req(Adder.add_one_req, adder, world.waiting[0]) == AddReqResult.NO_TOKEN
+    assert queue_hooks.chunk_limit(None, world.policy, Req("long", 5000), [], 1000, 1) is None, "for nobody's good"
     adder.rem_total_tokens = 50_400
     assert world.queue.has_room(world.waiting[0], adder)
 
@@ -462,7 +462,7 @@ def test_a_full_pool_is_no_reason_to_stop_asking_while_nobody_has_a_turn():
     world.order()
     adder = Adder(world.cache)
     adder.running_batch, adder.rem_total_tokens = SimpleNamespace(reqs=[Req("running")]), 0
-    assert queue_adapter.add_one_req(Adder.add_one_req, adder, world.waiting[0]) == AddReqResult.OTHER
+    assert queue_hooks.add_one_req(Adder.add_one_req, adder, world.waiting[0]) == AddReqResult.OTHER
 
 
 @pytest.mark.parametrize("in_use", [0, 100_000])
@@ -488,7 +488,7 @@ def test_nothing_is_kept_where_sglang_preempts_and_nobody_is_preempted_for_a_req
     world.order()
     asked = []
     for req in (first, second):
-        queue_adapter.preempt_to_schedule(lambda adder, req: asked.append(req.rid), Adder(world.cache), req)
+        queue_hooks.preempt_to_schedule(lambda adder, req: asked.append(req.rid), Adder(world.cache), req)
     assert asked == ["first"], "the second waits for the first one's text"
 
 
@@ -520,7 +520,7 @@ def test_a_long_prompt_in_chunks_leaves_half_of_the_next_one_to_short_prompts():
     world.waiting = [Req("longer", 4900), Req("short", 200)]
     assert world.order() == ["short", "longer"]
     long = Req("long", 5000)
-    limit = queue_adapter.chunk_limit(None, world.policy, long, world.waiting, 1000, 1)
+    limit = queue_hooks.chunk_limit(None, world.policy, long, world.waiting, 1000, 1)
     assert limit == 800
 
 
@@ -530,7 +530,7 @@ def test_room_beside_a_long_prompt_is_left_once_when_nobody_is_asked():
     world.order()
 
     def limit(long: Req) -> int | None:
-        return queue_adapter.chunk_limit(None, world.policy, long, world.waiting, 1000, 1)
+        return queue_hooks.chunk_limit(None, world.policy, long, world.waiting, 1000, 1)
 
     long = Req("long", 5000)
     assert limit(long) == 800
@@ -552,5 +552,5 @@ def test_room_beside_a_long_prompt_is_left_once_when_nobody_is_asked():
 )
 def test_sglangs_policy_wins_when_it_was_asked_for(argv, policy, expected):
     args = SimpleNamespace(schedule_policy=policy)
-    assert queue_adapter.chosen(KVShareConfig(), args, ["launch_server", *argv]) == expected
-    assert queue_adapter.chosen(KVShareConfig(scheduler="off"), args, argv) == "off"
+    assert queue_hooks.chosen(KVShareConfig(), args, ["launch_server", *argv]) == expected
+    assert queue_hooks.chosen(KVShareConfig(scheduler="off"), args, argv) == "off"

@@ -10,7 +10,8 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from torch import nn
 
-from kvshare_sched import support
+from kvshare_sched.engine.sglang import support
+from kvshare_sched.engine.sglang.rotary import rotary_table
 from kvshare_sched.errors import UnsupportedError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,7 +67,7 @@ def test_a_key_that_is_moved_is_the_key_at_its_new_position(kind, dtype):
     from kvshare_kernels import rotation_rows
     from kvshare_kernels.kv_copy import rotate_run
 
-    table, neox = support.rotary_table(model(*[rope(ROTATIONS[kind], dtype)] * 3))
+    table, neox = rotary_table(model(*[rope(ROTATIONS[kind], dtype)] * 3))
     assert table.dtype == torch.float32 and neox
     exact = rope(ROTATIONS[kind])
     keys = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -80,7 +81,7 @@ def test_a_key_that_is_moved_is_the_key_at_its_new_position(kind, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_table_is_as_good_as_float32_can_be(dtype):
-    table, _ = support.rotary_table(model(rope(None, dtype, positions=131072, base=500000)))
+    table, _ = rotary_table(model(rope(None, dtype, positions=131072, base=500000)))
     frequencies = (1.0 / 500000 ** (torch.arange(0, 64, 2).float() / 64)).double()  # as SGLang rounds them
     for at in (1, 1000, 65535, 131071):
         angle = at * frequencies
@@ -89,17 +90,17 @@ def test_the_table_is_as_good_as_float32_can_be(dtype):
 
 def test_long_contexts_are_no_reason_to_refuse():
     """A million positions: SGLang's float32 angles are off by 0.03 at the end."""
-    support.rotary_table(model(rope(None, positions=1_010_000, base=1_000_000)))
+    rotary_table(model(rope(None, positions=1_010_000, base=1_000_000)))
 
 
 def test_rows_behind_the_context_do_not_count():
     """SGLang adds spare rows to the table, without the scaling."""
     rotary = rope({"rope_type": "linear", "factor": 4.0}, positions=1024)
     rotary._ensure_cos_sin_cache_length(6000)
-    table, _ = support.rotary_table(model(rotary), 4096)
+    table, _ = rotary_table(model(rotary), 4096)
     assert len(table) == 4096
     with pytest.raises(UnsupportedError, match="not a plain rotation"):
-        support.rotary_table(model(rotary), 5000)
+        rotary_table(model(rotary), 5000)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,27 +109,27 @@ def test_angles_that_change_with_the_position_are_refused(dtype):
     switching, longer = rope(None, dtype), rope(None, dtype)
     switching.cos_sin_cache[1024:] = rope({"rope_type": "linear", "factor": 2.0}, dtype).cos_sin_cache[1024:4096]
     longer.cos_sin_cache *= 1.1
-    for rotary in (switching, longer):
+    for broken in (switching, longer):
         with pytest.raises(UnsupportedError, match="not a plain rotation.*times what rounding explains.*rope scaling"):
-            support.rotary_table(model(rotary))
+            rotary_table(model(broken))
     yarn = rope({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, dtype)
     with pytest.raises(UnsupportedError, match="not a plain rotation"):  # makes keys longer
-        support.rotary_table(model(yarn))
+        rotary_table(model(yarn))
 
 
 def test_two_tables_by_length_are_refused():
     factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32, "original_max_position_embeddings": 1024}
     rotary = get_rope(64, 64, 4096, 10000, True, {"rope_type": "longrope", **factors}, dtype=torch.float32)
     with pytest.raises(UnsupportedError, match="no single table"):
-        support.rotary_table(model(rotary))
+        rotary_table(model(rotary))
 
 
 def test_layers_that_turn_their_keys_otherwise_are_refused_by_name():
     one, other = rope(), rope(base=20000)
     with pytest.raises(UnsupportedError, match=r"no rotary embedding: 1\.attn, 3\.attn; accepted: the same one"):
-        support.rotary_table(model(one, None, one, None))
+        rotary_table(model(one, None, one, None))
     with pytest.raises(UnsupportedError, match="2 rotary embeddings"):
-        support.rotary_table(model(one, other, one))
+        rotary_table(model(one, other, one))
 
 
 def test_layers_that_do_not_attend_to_everything_are_refused_by_name():

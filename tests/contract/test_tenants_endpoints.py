@@ -22,10 +22,10 @@ from sglang.srt.server_args import ServerArgs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvshare_sched.tenants import hooks
-from kvshare_sched.tenants.edge import Edge, Middleware
+from kvshare_sched.engine.sglang import http_identity
 from kvshare_sched.tenants.file import Tenant
 from kvshare_sched.tenants.identity import hash_of
+from kvshare_sched.tenants.middleware import Edge, Middleware
 from kvshare_sched.tenants.namespaces import name_of
 from kvshare_sched.tenants.policy import read
 from kvshare_sched.tenants.quotas import OverQuota
@@ -111,7 +111,9 @@ class Manager:
         self.seen.append(obj)
         single = obj.is_single or obj.stream
         part = obj if obj.is_single else obj[0]
-        one = await anext(hooks.stream_one(Manager.part, self, obj=part, state=SimpleNamespace(), request=request))
+        one = await anext(
+            http_identity.stream_one(Manager.part, self, obj=part, state=SimpleNamespace(), request=request)
+        )
         yield one if single else [dict(one) for _ in range(obj.batch_size * obj.parallel_sample_num)]
 
     async def part(self, obj, state, request=None):
@@ -121,7 +123,7 @@ class Manager:
         yield {"text": "hi", "output_ids": [2], "meta_info": meta, "index": 0}
 
     def generate_request(self, obj, request=None):
-        return hooks.generate_request(Manager.answer, self, obj, request)
+        return http_identity.generate_request(Manager.answer, self, obj, request)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +146,9 @@ def engine(tmp_path_factory):
     served.openai_serving_responses = OpenAIServingResponses(manager, templates)
     served.anthropic_serving = AnthropicServing(served.openai_serving_chat)
     served.ollama_serving = OllamaServing(manager)
-    manager.edge = hooks._edge = Edge(TenantsFile(str(folder / "tenants.toml"), 10_000, 10_000), lambda: "mark")
+    manager.edge = http_identity._edge = Edge(TenantsFile(str(folder / "tenants.toml"), 10_000, 10_000), lambda: "mark")
     yield manager
-    hooks._edge = None
+    http_identity._edge = None
 
 
 def post(engine, path, body, **headers):
@@ -264,7 +266,7 @@ def starting(engine, tmp_path, monkeypatch):
     added = []
     app = SimpleNamespace(add_middleware=lambda kind, **more: added.append((kind, more)))
     monkeypatch.setattr(http_server, "app", app)
-    monkeypatch.setattr(hooks, "_edge", None)
+    monkeypatch.setattr(http_identity, "_edge", None)
     monkeypatch.setenv("KVSHARE_TENANTS_FILE", str(tmp_path / "tenants.toml"))
     (tmp_path / "tenants.toml").write_text(FILE + "[tenants.hooli]\nguaranteed_donor_tokens = 1000")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -284,7 +286,9 @@ def starting(engine, tmp_path, monkeypatch):
 
 
 def run(args, manager, pool=8192):
-    return hooks.run_http_server(lambda *a, **k: "served", args, manager, None, None, [{"max_total_num_tokens": pool}])
+    return http_identity.run_http_server(
+        lambda *a, **k: "served", args, manager, None, None, [{"max_total_num_tokens": pool}]
+    )
 
 
 def test_the_middleware_goes_around_the_app_before_it_serves(starting, monkeypatch, tmp_path):
@@ -304,7 +308,7 @@ def test_refusals_and_documents_are_counted_where_metrics_are_on(starting, monke
     args, manager, added = starting
     told = []
     metrics = SimpleNamespace(refused=lambda *refused: told.append(refused), library=told.append)
-    monkeypatch.setattr("kvshare_sched.metrics.EdgeMetrics", lambda: metrics)
+    monkeypatch.setattr("kvshare_sched.observe.metrics.EdgeMetrics", lambda: metrics)
     monkeypatch.setenv("KVSHARE_LIBRARY", str(tmp_path / "library"))
     run(args("kvshare"), manager)
     assert told == []
@@ -318,7 +322,7 @@ def test_refusals_and_documents_are_counted_where_metrics_are_on(starting, monke
 
 def test_nothing_happens_with_another_backend(starting):
     args, manager, added = starting
-    assert run(args(None), manager) == "served" and not added and hooks._edge is None
+    assert run(args(None), manager) == "served" and not added and http_identity._edge is None
 
 
 def test_a_server_that_could_not_tell_tenants_apart_does_not_start(starting, monkeypatch):

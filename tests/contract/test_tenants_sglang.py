@@ -21,16 +21,15 @@ from sglang.srt.observability.req_time_stats import APIServerReqTimeStats, Sched
 from sglang.srt.sampling.sampling_params import SamplingParams
 from test_queue_adapter import COSTS, Adder, FakeTree, NamedPipeline, Req, World
 
-from kvshare_sched import sglang_adapter
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.tenants import edge, gate, hooks
+from kvshare_sched.engine.sglang import admission, http_identity
+from kvshare_sched.settings import KVShareConfig
+from kvshare_sched.tenants import middleware, seal
+from kvshare_sched.tenants.delayed_answers import DELAY, without_traces
 from kvshare_sched.tenants.file import parse
-from kvshare_sched.tenants.hold import DELAY, without_traces
 from kvshare_sched.tenants.identity import Caller
-from kvshare_sched.tenants.namespaces import name_of
+from kvshare_sched.tenants.namespaces import name_of, namespace
 from kvshare_sched.tenants.policy import STAMP_KEY, Lender, Stamp, read
-from kvshare_sched.tenants.stamping import requests_in, stamp_document, stamp_request
-from kvshare_sched.types import Namespace
+from kvshare_sched.tenants.stamp_request import requests_in, stamp_document, stamp_request
 
 TENANTS = parse("unknown = 'reject'\n[groups.handbook]\n[tenants.acme]\ngroups = ['handbook']\nweight = 2", "f")
 OWN = name_of("mark", "tenant", "acme")
@@ -38,7 +37,7 @@ ROUTES = {getattr(route, "path", "") for route in http_server.app.routes}
 
 
 def test_every_path_a_tenant_may_call_exists():
-    assert edge.SERVED | edge.HEALTH <= ROUTES
+    assert middleware.SERVED | middleware.HEALTH <= ROUTES
 
 
 OPERATORS_ONLY = """
@@ -62,7 +61,7 @@ OPERATORS_ONLY = """
 
 def test_every_path_of_sglangs_is_known_to_be_the_tenants_or_the_operators():
     """A path that a later SGLang adds is listed here by whoever has looked at what it does."""
-    known = edge.SERVED | edge.HEALTH
+    known = middleware.SERVED | middleware.HEALTH
     managing = set(OPERATORS_ONLY.split())
     assert sorted(ROUTES - known - {""}) == sorted(managing) and not known & managing
 
@@ -115,7 +114,7 @@ def test_sglang_waits_for_every_answer_where_hidden_ones_are_held():
 
     @functools.wraps(TokenizerManager._stream_one_response)
     def held(self, **kwargs):
-        return hooks.stream_one(TokenizerManager._stream_one_response, self, **kwargs)
+        return http_identity.stream_one(TokenizerManager._stream_one_response, self, **kwargs)
 
     manager._stream_one_response = functools.partial(held, manager)
 
@@ -129,12 +128,12 @@ def test_sglang_waits_for_every_answer_where_hidden_ones_are_held():
         found = [one async for one in TokenizerManager._wait_one_response(manager, obj)]
         return asyncio.get_running_loop().time(), found
 
-    hooks._edge = "in force"
+    http_identity._edge = "in force"
     try:
         with asyncio.Runner(loop_factory=Clock) as runner:
             at, [found] = runner.run(ask())
     finally:
-        hooks._edge = None
+        http_identity._edge = None
     assert at == 3.0 and found["meta_info"] == {"id": "x", "cached_tokens": 0, "finish_reason": None}
 
 
@@ -164,8 +163,8 @@ def test_a_hidden_tenants_requests_wait_and_pay_at_their_full_price():
         world.waiting = [req]
         world.order()
         price = world.queue.queue.work(world.name(req.rid))
-        stamp = sglang_adapter.stamp_of(req, world.pipeline.config)
-        view = sglang_adapter.view_of(req, stamp)
+        stamp = admission.stamp_of(req, world.pipeline.config)
+        view = admission.view_of(req, stamp)
         world.begin(req, world.pipeline.admit(view, req.rid, 600, 500, stamp))
         world.go()
         return price, world.queue._accounts.deficits["acme"]
@@ -215,7 +214,7 @@ def handed(extra_key=OWN, change=lambda custom: custom):
 
 def gated(recv_req) -> tuple:
     scheduler = Scheduler()
-    gate.handle_generate_request(Scheduler.handle, scheduler, recv_req)
+    seal.handle_generate_request(Scheduler.handle, scheduler, recv_req)
     return scheduler.came[0]
 
 
@@ -229,7 +228,7 @@ FORGED = Stamp("acme", (Lender(name_of("mark", "tenant", "globex"), "trusted", "
 
 
 def test_the_gate_lets_through_what_the_edge_has_stamped(monkeypatch):
-    monkeypatch.setenv(gate.SECRET, "secret")
+    monkeypatch.setenv(seal.SECRET, "secret")
     error, extra_key, custom = gated(handed())
     assert error is None and extra_key == OWN and read(custom).tenant == "acme"
 
@@ -240,47 +239,47 @@ def test_the_gate_lets_through_what_the_edge_has_stamped(monkeypatch):
         (name_of("mark", "tenant", "globex"), lambda custom: custom),
         (None, lambda custom: custom),
         (OWN, lambda custom: custom | {STAMP_KEY: FORGED}),
-        (OWN, lambda custom: custom | {gate.SEAL_KEY: "0" * 64}),
-        (OWN, lambda custom: custom | {gate.SEAL_KEY: "\ud800"}),
+        (OWN, lambda custom: custom | {seal.SEAL_KEY: "0" * 64}),
+        (OWN, lambda custom: custom | {seal.SEAL_KEY: "\ud800"}),
         (OWN, lambda custom: {STAMP_KEY: custom[STAMP_KEY]}),
         (OWN, lambda custom: None),
     ],
 )
 def test_the_gate_refuses_everything_else_and_keeps_nothing_of_it(monkeypatch, extra_key, change):
-    monkeypatch.setenv(gate.SECRET, "secret")
+    monkeypatch.setenv(seal.SECRET, "secret")
     recv_req = handed(extra_key, change)
     assert gated(recv_req) == (UNKNOWN, None, None)
     assert recv_req.session_id is None
 
 
 def test_without_a_secret_or_with_another_nothing_passes_but_audits(monkeypatch):
-    monkeypatch.delenv(gate.SECRET, raising=False)
+    monkeypatch.delenv(seal.SECRET, raising=False)
     unsealed = handed()
     assert gated(unsealed)[0] == UNKNOWN
-    monkeypatch.setenv(gate.SECRET, "of an earlier launch")
+    monkeypatch.setenv(seal.SECRET, "of an earlier launch")
     earlier = handed()
-    monkeypatch.setenv(gate.SECRET, "secret")
+    monkeypatch.setenv(seal.SECRET, "secret")
     assert gated(earlier)[0] == UNKNOWN
-    with gate.ours():
+    with seal.ours():
         assert gated(handed(None, lambda custom: None))[0] is None
     assert gated(handed(None, lambda custom: None))[0] == UNKNOWN
 
 
 def test_a_document_is_sealed_for_its_namespace(monkeypatch):
-    monkeypatch.setenv(gate.SECRET, "secret")
+    monkeypatch.setenv(seal.SECRET, "secret")
     obj, space = GenerateReqInput(input_ids=[1]), name_of("mark", "documents", "handbook")
     stamp_document(obj, space, "label", guaranteed=5, revision=0)
-    assert gate.sealed(obj.sampling_params["custom_params"], space)
-    assert not gate.sealed(obj.sampling_params["custom_params"], OWN)
+    assert seal.sealed(obj.sampling_params["custom_params"], space)
+    assert not seal.sealed(obj.sampling_params["custom_params"], OWN)
 
 
 def test_an_engine_whose_hooks_were_not_put_in_place_does_not_start():
+    from kvshare_sched.engine.sglang.wiring import check_hooked
     from kvshare_sched.errors import UnsupportedError
-    from kvshare_sched.wiring import check_hooked
 
-    assert gate.hooks().keys() == {"sglang.srt.managers.scheduler.Scheduler.handle_generate_request"}
+    assert seal.hooks().keys() == {"sglang.srt.managers.scheduler.Scheduler.handle_generate_request"}
     with pytest.raises(UnsupportedError, match="handle_generate_request could not be hooked"):
-        check_hooked(gate.hooks())
+        check_hooked(seal.hooks())
     check_hooked(["test_tenants_sglang.hooked"])
 
 
@@ -294,24 +293,24 @@ def test_sglang_ends_a_refused_request_without_its_tokens():
 def test_the_launcher_makes_a_secret_once_and_nodes_need_a_common_one(monkeypatch, tmp_path):
     from sglang.srt.arg_groups import model_override_base
 
-    from kvshare_sched import support
+    from kvshare_sched.engine.sglang import support
 
     monkeypatch.setattr(model_override_base, "resolved_view", lambda args: args)
     monkeypatch.setattr(support, "refusals", lambda args: [])
-    monkeypatch.setenv(gate.SECRET, "")
-    monkeypatch.delenv(gate.SECRET)
+    monkeypatch.setenv(seal.SECRET, "")
+    monkeypatch.delenv(seal.SECRET)
     (tmp_path / "t.toml").write_text('unknown = "reject"')
     args = SimpleNamespace(radix_cache_backend="kvshare", nnodes=2)
     support.check_server_args(lambda args: None, args)
-    assert gate.SECRET not in os.environ, "without a tenants file nothing is sealed"
+    assert seal.SECRET not in os.environ, "without a tenants file nothing is sealed"
     monkeypatch.setenv("KVSHARE_TENANTS_FILE", str(tmp_path / "t.toml"))
     with pytest.raises(SystemExit, match="nnodes=2"):
         support.check_server_args(lambda args: None, args)
     args.nnodes = 1
     support.check_server_args(lambda args: None, args)
-    first = os.environ[gate.SECRET]
+    first = os.environ[seal.SECRET]
     support.check_server_args(lambda args: None, args)
-    assert len(first) == 64 and os.environ[gate.SECRET] == first
+    assert len(first) == 64 and os.environ[seal.SECRET] == first
 
 
 # ---- memory ----
@@ -339,14 +338,14 @@ class Tight(Adder):
 )
 def test_an_idle_engine_gives_guarantees_up_last(pinned, leases, held, reused):
     text = np.random.default_rng(1).permutation(600)
-    pipeline = NamedPipeline(KVShareConfig(audit_share=0.0, strategy="kvshare", ratio=0.1), FakeTree(), COSTS)
+    pipeline = NamedPipeline(KVShareConfig(audit_share=0.0, strategy="dhd", ratio=0.1), FakeTree(), COSTS)
     pipeline.desk.learn(Stamp("acme", guaranteed=600), pipeline.tree)
-    pipeline.publish("donor", Namespace(OWN), text)
+    pipeline.publish("donor", namespace(OWN), text)
     assert pipeline.desk.held_tokens == 600
     req = Req("r", tokens=np.concatenate((np.arange(1000, 1050), text, np.arange(2000, 2020))), tenant=OWN)
     req.retracted_stain, req.return_logprob, req.customized_info = False, False, None
     adder = Tight(pipeline, pinned, leases)
-    result = sglang_adapter.add_one_req(Tight.add_one_req, adder, req, False)
+    result = admission.add_one_req(Tight.add_one_req, adder, req, False)
     assert result == AddReqResult.CONTINUE and adder.can_run_list == [req]
     assert pipeline.desk.held_tokens == held and (pipeline.sessions["r"].plan is not None) == reused
     pipeline.release("r")
@@ -363,14 +362,14 @@ def test_the_edge_is_hooked_only_with_a_tenants_file(file, monkeypatch):
     monkeypatch.setattr(HookRegistry, "register", lambda place, hook, kind: places.append(place))
     monkeypatch.setenv("KVSHARE_TENANTS_FILE", file)
     plugin.register()
-    assert len(places) > 5 and (hooks.hooks().keys() <= set(places)) == bool(file)
-    assert bool(file) or not hooks.hooks().keys() & set(places)
+    assert len(places) > 5 and (http_identity.hooks().keys() <= set(places)) == bool(file)
+    assert bool(file) or not http_identity.hooks().keys() & set(places)
 
 
 def test_what_would_go_past_the_edge_is_refused(monkeypatch, tmp_path):
     from sglang.srt.arg_groups import model_override_base
 
-    from kvshare_sched import support
+    from kvshare_sched.engine.sglang import support
 
     settings = SimpleNamespace(
         **{"enable_custom_logit_processor": True, "enable_session_radix_cache": True},
@@ -404,7 +403,7 @@ def test_what_would_go_past_the_edge_is_refused(monkeypatch, tmp_path):
 def test_a_tenants_file_without_the_backend_is_refused(monkeypatch):
     from sglang.srt.arg_groups import model_override_base
 
-    from kvshare_sched import support
+    from kvshare_sched.engine.sglang import support
 
     monkeypatch.setattr(model_override_base, "resolved_view", lambda args: args)
     args = SimpleNamespace(radix_cache_backend=None)

@@ -17,11 +17,11 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import publish
 from sglang.srt.server_args import ServerArgs
 
-from kvshare_sched.tenants.desk import Desk
+from kvshare_sched.engine.sglang.tree import DonorTree
 from kvshare_sched.tenants.policy import Stamp
-from kvshare_sched.types import Namespace
-from radix_ext.donors import DonorTree
-from radix_ext.segment_index import SegmentIndex
+from kvshare_sched.tenants.scheduler_state import Desk
+from radix_ext.index import SegmentIndex
+from radix_ext.records import Namespace
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8}
 CONFIG |= {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

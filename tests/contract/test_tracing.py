@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.observability import req_time_stats, trace
 
-from kvshare_sched import tracing
-from kvshare_sched.types import Outcome, Reason, ShareReport
+from kvshare_sched.engine.sglang import trace as tracing
+from kvshare_sched.records.report import ShareReport
+from kvshare_sched.records.request import Outcome, Reason
 
 REPORT = ShareReport(5, 40, 7, 12, Outcome.REUSED, Reason.NONE, 1, 0, "consensus", match_s=0.25, copy_s=0.5)
 

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_server
 
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.metrics import EdgeMetrics, ShareMetrics
+from kvshare_sched.observe.metrics import EdgeMetrics, ShareMetrics
+from kvshare_sched.observe.series import AUDIT_RESULTS, KINDS, LABELS, LEFT, ORDER_RESULTS, QUOTAS
+from kvshare_sched.records.report import ShareReport
+from kvshare_sched.records.request import Outcome
 from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.order import Waiting
 from kvshare_sched.scheduling.queue import Order, Queue
-from kvshare_sched.series import AUDIT_RESULTS, KINDS, LABELS, LEFT, ORDER_RESULTS, QUOTAS
-from kvshare_sched.types import Outcome, ShareReport
+from kvshare_sched.settings import KVShareConfig
 
 TENANTS = ("", "blue", "green")
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(DASHBOARDS))
 
 import generate  # noqa: E402
 
-from kvshare_sched.series import SERIES  # noqa: E402
+from kvshare_sched.observe.series import SERIES  # noqa: E402
 
 BOARDS = generate.boards()
 MADE = {name: generate.dashboard(name, board) for name, board in BOARDS.items()}

@@ -11,9 +11,11 @@ import pytest
 from engine import move
 from prometheus_client import CollectorRegistry
 
-from kvshare_sched import live, pages
-from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.types import Outcome, Reason, ShareReport
+from kvshare_sched.engine.sglang import http_pages
+from kvshare_sched.observe import server_state
+from kvshare_sched.observe.metrics import ShareMetrics
+from kvshare_sched.records.report import ShareReport
+from kvshare_sched.records.request import Outcome, Reason
 
 RUNS = [{"origin": "exact", "start": 0, "length": 10}, {"origin": "fresh", "start": 10, "length": 30}]
 RECORD = {
@@ -35,13 +37,13 @@ def browser() -> str:
 def url():
     registry = CollectorRegistry()
     move(ShareMetrics(registry=registry), 1)
-    shown = {"/": pages.live_page(live.State(live.samples_of(registry.collect())), [RECORD])}
-    shown["/?rid=r1"] = pages.request_page(RECORD)
+    shown = {"/": http_pages.live_page(server_state.State(server_state.samples_of(registry.collect())), [RECORD])}
+    shown["/?rid=r1"] = http_pages.request_page(RECORD)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
-            for name, value in {"content-type": "text/html; charset=utf-8", **pages.HEADERS}.items():
+            for name, value in {"content-type": "text/html; charset=utf-8", **http_pages.HEADERS}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(shown.get(self.path, "").encode())

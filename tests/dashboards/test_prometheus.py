@@ -17,9 +17,9 @@ import generate  # noqa: E402
 import local_prometheus  # noqa: E402
 from engine import Engine  # noqa: E402
 
-from kvshare_sched.series import LABELS as REPORTS  # noqa: E402
-from kvshare_sched.series import SERIES  # noqa: E402
-from kvshare_sched.types import Outcome, Reason  # noqa: E402
+from kvshare_sched.observe.series import LABELS as REPORTS  # noqa: E402
+from kvshare_sched.observe.series import SERIES  # noqa: E402
+from kvshare_sched.records.request import Outcome, Reason  # noqa: E402
 
 BOARDS = generate.boards()
 ALERTS = {a["alert"]: a for g in yaml.safe_load((DASHBOARDS / "alerts.yml").read_text())["groups"] for a in g["rules"]}
@@ -201,7 +201,7 @@ def test_promtool_accepts_config_rules_and_every_metric(binaries):
     assert checked.returncode == 0, checked.stdout + checked.stderr
     from prometheus_client import CollectorRegistry, generate_latest
 
-    from kvshare_sched.metrics import ShareMetrics
+    from kvshare_sched.observe.metrics import ShareMetrics
 
     registry = CollectorRegistry()
     ShareMetrics(registry=registry)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from harness import Server, start
 
-from kvshare_sched.cpu import has_nvidia_gpu
+from kvshare_sched.client.device import has_nvidia_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dashboards"))
 

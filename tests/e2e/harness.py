@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: the server, prompts from Python's own documentation, and its metrics."""
+"""What the end-to-end tests share: the launch, prompts from Python's own documentation, and its metrics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import requests
 
-from kvshare_sched import model, server
-from kvshare_sched.client import Client
-from kvshare_sched.cpu import has_nvidia_gpu
-from kvshare_sched.demo import prompt_of
+from kvshare_sched.client import launch, model
+from kvshare_sched.client.device import has_nvidia_gpu
+from kvshare_sched.client.http import Client
+from kvshare_sched.tools.demo import prompt_of
 
 LOGS = Path(__file__).resolve().parents[2] / "out" / "e2e"
 CONTEXT = 4096  # tokens; half of the model's, so that a prompt at the limit takes a quarter of the time
@@ -101,8 +101,8 @@ def start(name: str, arguments, environment) -> Iterator[Server]:
     log = LOGS / f"{name}.log"
     base = {"--model-path": str(model.prepare()), "--max-total-tokens": "40000", "--context-length": str(CONTEXT)}
     base = [word for name, value in base.items() if name not in arguments for word in (name, value)]
-    full = [*server.fill_defaults([*base, *arguments])]
-    with server.running(full, env={"KVSHARE_AUDIT_SHARE": "0"} | environment, log=log) as url:
+    full = [*launch.fill_defaults([*base, *arguments])]
+    with launch.running(full, env={"KVSHARE_AUDIT_SHARE": "0"} | environment, log=log) as url:
         yield Server(url, log)
         assert requests.get(f"{url}/health", timeout=60).status_code == 200  # generates a token, which takes a second
 

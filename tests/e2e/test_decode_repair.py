@@ -84,7 +84,7 @@ def test_an_unfinished_walk_publishes_only_what_it_has_passed(server, tenant):
 
 
 @pytest.mark.parametrize("order", ["lagged", "attention"])
-@pytest.mark.parametrize("strategy", ["kvshare", "naive"])
+@pytest.mark.parametrize("strategy", ["dhd", "naive"])
 def test_other_orders_repair_stale_positions_and_publish_none(server, tenant, order, strategy):
     prompt, before = moved(server), repaired(server)
     warm = ask(server, prompt, 30, tenant, {"strategy": strategy, "repair_rows": 64, "repair_order": order})

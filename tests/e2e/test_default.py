@@ -12,7 +12,7 @@ import pytest
 import requests
 from harness import CONTEXT, ROUNDING, SYSTEMS, alike, chat, sections, settled
 
-from kvshare_sched.client import kl_divergence
+from kvshare_sched.client.http import kl_divergence
 
 DOCS = sections()
 
@@ -300,7 +300,7 @@ def test_a_request_may_bring_its_own_settings(server, tenant):
 
 def test_every_strategy_serves_and_all_share_one_batch(server, tenant):
     """Each alone, then all at once: what a request answers does not depend on the strategies beside it."""
-    wishes = [{"strategy": s} for s in ("consensus", "kvshare", "cacheblend", "epic", "random", "naive", "full")]
+    wishes = [{"strategy": s} for s in ("consensus", "dhd", "cacheblend", "epic", "random", "naive", "full")]
 
     def ask(wish):
         return server.generate(moved("Together?"), new_tokens=6, namespace=tenant, reuse=wish)
@@ -320,6 +320,6 @@ def test_every_strategy_serves_and_all_share_one_batch(server, tenant):
 def test_several_donors_of_a_text_stand_in_together(server, tenant):
     # Opted out: a request that reuses is no donor of what it borrowed.
     server.generate(chat(SYSTEMS[2], [DOCS[i] for i in (5, 1, 3)]), new_tokens=1, namespace=tenant, reuse=False)
-    one = settled(server.generate(moved("Donors?"), new_tokens=1, namespace=tenant, reuse={"strategy": "kvshare"}))
+    one = settled(server.generate(moved("Donors?"), new_tokens=1, namespace=tenant, reuse={"strategy": "dhd"}))
     all_ = settled(server.generate(moved("Donors?"), new_tokens=1, namespace=tenant))
     assert all_["donors"] == 2 >= one["donors"] and all_["reused"] == one["reused"]

@@ -7,7 +7,7 @@ import json
 from kvshare_sched.evaluation import run
 from kvshare_sched.evaluation.cases import KINDS
 
-METHODS = ["naive", "kvshare", "default"]
+METHODS = ["naive", "dhd", "default"]
 
 
 def test_controls_of_a_small_evaluation(tmp_path):
@@ -16,7 +16,7 @@ def test_controls_of_a_small_evaluation(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     summary = report["summary"]
     assert list(summary) == ["full", "noise_floor", *METHODS, "exact_prefix", "no_context"]
-    assert report["settings"]["methods"]["kvshare"]["reuse"] == {"strategy": "kvshare", "ratio": 0.1}
+    assert report["settings"]["methods"]["kvshare"]["reuse"] == {"strategy": "dhd", "ratio": 0.1}
     assert (tmp_path / "report.md").exists() and (tmp_path / "frontier.png").exists()
 
     assert summary["full"]["kl_mean"] == 0 and summary["full"]["greedy_agreement"] == 1
@@ -34,6 +34,6 @@ def test_controls_of_a_small_evaluation(tmp_path):
     for case in report["cases"]:
         found = case["methods"]
         assert len({found[name]["exact"] for name in ("full", *METHODS)}) == 1, "nobody finds more exact prefix"
-        assert 0.12 < found["kvshare"]["computed_cells"] < 0.25
+        assert 0.12 < found["dhd"]["computed_cells"] < 0.25
         assert found["exact_prefix"]["exact"] == case["prompt_tokens"] - 48
         assert found["exact_prefix"]["reused"] == 0

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from harness import SYSTEMS, chat, sections, settled, start
 
-from kvshare_sched.client import kl_divergence
+from kvshare_sched.client.http import kl_divergence
 
 pytestmark = pytest.mark.gpu
 DOCS = sections()
@@ -56,7 +56,7 @@ def test_scattered_rows_have_a_kernel_of_their_own(served, tenant):
     served.assert_idle_and_clean()
 
 
-@pytest.mark.parametrize("strategy", ["kvshare", "cacheblend", "epic"])
+@pytest.mark.parametrize("strategy", ["dhd", "cacheblend", "epic"])
 def test_other_strategies(served, tenant, strategy):
     report = close(served, served.tokenize(moved(f"With {strategy}?")), tenant, {"strategy": strategy}, 0.5)
     assert (report["outcome"], report["strategy"]) == ("reused", strategy)

@@ -7,7 +7,7 @@ import time
 import pytest
 from harness import SYSTEMS, chat, sections, settled
 
-from kvshare_sched.client import kl_divergence
+from kvshare_sched.client.http import kl_divergence
 
 # CacheBlend chooses by deviation alone, so a request that carries the answer too recomputes the same tokens.
 # Every second approximate request of a tenant is audited, the first of them too.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from kvshare_sched.cli import main
 from kvshare_sched.loadtest import blocks, quality, traces
 from kvshare_sched.loadtest.runner import Player, read_rows
 from kvshare_sched.loadtest.traces import Request, Trace
+from kvshare_sched.tools.cli import main
 
 TEXTS = [(f"prose/{i}", 100) for i in range(3)]
 

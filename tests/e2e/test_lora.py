@@ -13,8 +13,8 @@ from harness import ROUNDING, SYSTEMS, chat, sections, settled
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kvshare_sched import model
-from kvshare_sched.client import Client, kl_divergence
+from kvshare_sched.client import model
+from kvshare_sched.client.http import Client, kl_divergence
 
 RANK, SHARE = 8, 0.05  # of an adapter; size of what it adds to a weight
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -14,8 +14,8 @@ import render
 import requests
 from harness import LOGS, SYSTEMS, chat, sections
 
-from kvshare_sched.cli import main
-from kvshare_sched.series import ORIGINS, SERIES
+from kvshare_sched.observe.series import ORIGINS, SERIES
+from kvshare_sched.tools.cli import main
 
 ENVIRONMENT = {"KVSHARE_AUDIT_SHARE": "0.3", "KVSHARE_REPAIR_ROWS": "2"}
 DOCS = sections()

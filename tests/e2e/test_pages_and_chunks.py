@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from harness import SYSTEMS, alike, chat, sections, settled
 
-from kvshare_sched.client import kl_divergence
+from kvshare_sched.client.http import kl_divergence
 
 ARGUMENTS = [
     *("--page-size", "16"),

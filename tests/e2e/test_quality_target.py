@@ -6,7 +6,7 @@ import time
 
 from harness import SYSTEMS, chat, sections, settled
 
-from kvshare_sched.controller import ENOUGH
+from kvshare_sched.quality.controller import ENOUGH
 
 # The rule that recomputes nothing, at the highest ratio from the start: there is nothing left to raise.
 ARGUMENTS = ["--tp-size", "3"]
@@ -42,7 +42,7 @@ def test_harm_is_found_and_stopped_within_a_few_requests(server):
     assert found[off] == 1 and found["kvshare_sources_shut_total"] >= 1
     # Whoever brings settings of their own is served, measured, and moves nothing.
     own = server.generate(
-        chat("You ask.", DOCS[:3]), new_tokens=2, namespace=tenant, reuse={"strategy": "kvshare", "ratio": 0.3}
+        chat("You ask.", DOCS[:3]), new_tokens=2, namespace=tenant, reuse={"strategy": "dhd", "ratio": 0.3}
     )
     assert settled(own)["outcome"] == "reused"
     assert server.metrics()[off] == 1

@@ -13,7 +13,7 @@ ENVIRONMENT = {"SGLANG_RADIX_FORCE_MISS": "1"}
 DOCS = sections()
 
 
-@pytest.mark.parametrize("strategy", ["consensus", "kvshare", "cacheblend"])
+@pytest.mark.parametrize("strategy", ["consensus", "dhd", "cacheblend"])
 def test_no_deviation_no_recompute_same_answer(server, strategy):
     wish = {"strategy": strategy}
     namespace, cold = server.namespace(), server.namespace()

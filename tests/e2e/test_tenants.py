@@ -14,8 +14,8 @@ import pytest
 import requests
 from harness import chat, sections, settled
 
-from kvshare_sched import model
-from kvshare_sched.client import Client, kl_divergence
+from kvshare_sched.client import model
+from kvshare_sched.client.http import Client, kl_divergence
 from kvshare_sched.tenants.identity import hash_of
 
 DOCS = sections(40)

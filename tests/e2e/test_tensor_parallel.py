@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness import SYSTEMS, chat, sections, settled
 
-from kvshare_sched.client import kl_divergence
+from kvshare_sched.client.http import kl_divergence
 
 ARGUMENTS = ["--tp-size", "3", "--chunked-prefill-size", "512"]
 ENVIRONMENT = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|1", "KVSHARE_ALPHA": "colsum"}

@@ -9,8 +9,8 @@ import sys
 
 from harness import SYSTEMS, chat, sections, start
 
-from kvshare_sched import model
-from kvshare_sched import server as launcher
+from kvshare_sched.client import launch as launcher
+from kvshare_sched.client import model
 
 DOCS = sections()
 WITHOUT_US = {"SGLANG_PLUGINS": "kvshare_cpu"}  # the platform and its attention backend, nothing else of ours
@@ -51,7 +51,7 @@ def test_unsupported_settings_are_named_at_launch_and_before_it_by_doctor():
     tree, dtype = lines = refused(launched(arguments))
     assert "enable_hierarchical_cache=True" in tree and "Accepted: False" in tree
     assert "fp8_e5m2" in dtype and "bfloat16" in dtype
-    assert refused([sys.executable, "-m", "kvshare_sched.cli", "doctor", *arguments], start="REFUSED  ") == lines
+    assert refused([sys.executable, "-m", "kvshare_sched.tools.cli", "doctor", *arguments], start="REFUSED  ") == lines
 
 
 def launched(arguments) -> list[str]:

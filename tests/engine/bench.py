@@ -218,8 +218,8 @@ def running(
     from sglang.srt.runtime_context import SpawnRanks, publish, reset_context
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
-    from kvshare_sched import wiring
-    from kvshare_sched.planner import CostModel
+    from kvshare_sched.engine.sglang import wiring
+    from kvshare_sched.reuse.costs import CostModel
 
     load_plugins()
     words = ["--model-path", str(model), "--skip-tokenizer-init", "--device", "cpu", "--dtype", "float32"]
@@ -242,7 +242,7 @@ def running(
     def prices(runner, cos_sin, neox) -> CostModel:
         return CostModel(**_LAYER_PRICES, layers=len(runner.model.model.layers), pass_rows=1.0)
 
-    with mock.patch.dict(os.environ, environment), mock.patch.object(wiring, "_measure_costs", prices):
+    with mock.patch.dict(os.environ, environment), mock.patch.object(wiring, "measure_costs", prices):
         server_args = prepare_server_args(words)
         check_lora_server_args(server_args)
         scheduler = None

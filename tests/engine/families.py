@@ -70,7 +70,7 @@ def _rope(kind: str, **values) -> dict[str, object]:
 
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 1024, "mscale": 1.0, "mscale_all_dim": 1.0}
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}
-# Every class on the list of `kvshare_sched.support`, and what its configurations vary in.
+# Every class on the list of `kvshare_sched.engine.sglang.support`, and what its configurations vary in.
 ACCEPTED = (
     _llama("llama"),
     _llama("llama-tied", tie_word_embeddings=True),

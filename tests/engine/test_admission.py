@@ -225,7 +225,7 @@ def test_room_is_left_once_for_a_request_that_costs_more_than_was_thought(flat, 
         know(b, one, two, three)
         tickets = [b.send((one + two + three) * 3 + text(4, 30), rid="long")]
         b.step()
-        check = {"kvshare": {"strategy": "kvshare"}}  # of half the layers it runs all rows
+        check = {"dhd": {"strategy": "dhd"}}  # of half the layers it runs all rows
         tickets.append(b.send(three[100:481] + text(5, 20), rid="short", custom=check))
         b.step()
         tickets.append(b.send(text(6, 30), rid="small"))

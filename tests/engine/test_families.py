@@ -10,15 +10,17 @@ import families
 import pytest
 import torch
 
-from kvshare_sched import assembly, doctor, support
+from kvshare_sched.engine.sglang import support
 from kvshare_sched.errors import UnsupportedError
+from kvshare_sched.methods import blending
+from kvshare_sched.tools import doctor
 
 # Rounding of float32; 4e-6 was the most that was seen. What is wrong by a few tokens is off by more than 1e-2.
 EXACT = 1e-5
 # Logits of 2 to 4 are a multiple of 1/64 in bfloat16 and of 1/512 in float16; five such steps, because K is rounded
 # once more when it is moved.
 ROUNDED = {"bfloat16": 5 / 64, "float16": 5 / 512}
-STRATEGIES = {"naive": range(4), "consensus": range(4), "cacheblend": (2, 3), "kvshare": (2, 3)}
+STRATEGIES = {"naive": range(4), "consensus": range(4), "cacheblend": (2, 3), "dhd": (2, 3)}
 QUIET = {"audit_share": 0}
 BY_NAME = {model.name: model for model in families.ACCEPTED}
 LLAMA = BY_NAME["llama"]
@@ -108,15 +110,15 @@ def test_the_list_is_what_was_tested():
 
 @pytest.mark.parametrize(("dtype", "accepted"), [("float32", EXACT), *ROUNDED.items()])
 def test_keys_turned_by_three_tokens_too_many_would_be_seen(dtype, accepted, tmp_path):
-    original = assembly.copy_rotate
+    original = blending.copy_rotate
 
     def off(keys, values, runs, *args, **options):
         return original(keys, values, [(source, target, shift + 3) for source, target, shift in runs], *args, **options)
 
-    rows = assembly.rotation_rows
+    rows = blending.rotation_rows
     with (
-        mock.patch.object(assembly, "copy_rotate", off),
-        mock.patch.object(assembly, "rotation_rows", lambda table, shift: rows(table, shift + 3)),
+        mock.patch.object(blending, "copy_rotate", off),
+        mock.patch.object(blending, "rotation_rows", lambda table, shift: rows(table, shift + 3)),
     ):
         found = compared(LLAMA, tmp_path, strategies={"naive": range(4)}, arguments=("--dtype", dtype))
     assert min(one.difference for one in found) > accepted
@@ -237,7 +239,7 @@ def shallow(layers: int) -> families.Model:
 @pytest.mark.parametrize(("layers", "check_layer"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 3)])
 def test_every_strategy_reuses_however_few_layers_there_are(layers, check_layer, tmp_path):
     """After the last layer SGLang drops the residual stream: a check there would end in an error, and a second run."""
-    strategies = dict.fromkeys(("cacheblend", "kvshare", "consensus"), (0, layers - 1))
+    strategies = dict.fromkeys(("cacheblend", "dhd", "consensus"), (0, layers - 1))
     found = compared(shallow(layers), tmp_path, strategies=strategies, settings={"check_layer": check_layer})
     for one in found:
         assert one.same_tokens and one.difference <= EXACT, one

@@ -291,7 +291,7 @@ def test_requests_behind_what_an_operator_asks_keep_their_order(deep, loop):
 def test_turns_of_a_streaming_session_leave_nothing_behind(deep, loop):
     from sglang.srt.managers.io_struct import CloseSessionReqInput, OpenSessionReqInput, SessionParams
 
-    from kvshare_sched.session import Session
+    from kvshare_sched.reuse.session import Session
 
     with watched(deep, loop=loop, arguments=["--enable-streaming-session"]) as engine:
         before = living(Session).total()
@@ -347,8 +347,8 @@ def test_an_answer_of_no_token_carries_its_report(deep, loop, stream, tokens):
 @loops
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_a_batch_that_fails_is_computed_in_pieces_that_sglang_has_kept_memory_for(deep, loop, logprobs, monkeypatch):
-    from kvshare_sched.assembly import Assembly
-    from kvshare_sched.executor import Executor
+    from kvshare_sched.methods.blending import Assembly
+    from kvshare_sched.runtime.executor import Executor
 
     chunk, document = 64, text(1, 300)
     with watched(deep, loop=loop, chunk=chunk, settings={"audit_share": 0}) as engine:

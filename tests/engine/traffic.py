@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from models import HIDDEN, VOCABULARY, Reference
 
-_STRATEGIES = ("consensus", "consensus", "kvshare", "cacheblend", "epic", "naive", "random", "full")
+_STRATEGIES = ("consensus", "consensus", "dhd", "cacheblend", "epic", "naive", "random", "full")
 STOCK = False  # the same traffic with all of ours off: whose fault is it?
 _ABORT_RIDS = ("r1", "r2", "same", "kvshare-audit", "nobody")
 

@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvshare_sched.tenants.quotas import DonorLimits, to_hold
-from kvshare_sched.types import Namespace
-from radix_ext import matcher, segment_index
-from radix_ext.segment_index import SegmentIndex
+from radix_ext import index, matcher
+from radix_ext.index import SegmentIndex
+from radix_ext.limits import DonorLimits, to_hold
+from radix_ext.records import Namespace
 
 WINDOW, MIN_RUN, CAPACITY = 3, 6, 400
 NAMESPACES = [Namespace("a"), Namespace("b"), Namespace("a", "salt")]
 # Passages many donors share, and two that repeat themselves.
 PASSAGES = [list(range(100 * i, 100 * i + 5 + 4 * i)) for i in range(1, 4)] + [[1] * 9, [2, 3] * 5]
-TRUE_HASHES = segment_index.window_hashes
+TRUE_HASHES = index.window_hashes
 
 # A text is a list of pieces: a shared passage, ids never used before, or a stretch of some donor's text.
 shared = st.sampled_from(PASSAGES)
@@ -50,7 +50,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self):
-        segment_index.window_hashes = self.hashes
+        index.window_hashes = self.hashes
         self.index = SegmentIndex(window=WINDOW, min_run=MIN_RUN, capacity=CAPACITY)
         self.model: OrderedDict[int, tuple[Namespace, list[int]]] = OrderedDict()
         # Every (donor, position) that ever held a window: text held once only can neither be displaced nor
@@ -59,7 +59,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.next_id = 1000
 
     def teardown(self):
-        segment_index.window_hashes = TRUE_HASHES
+        index.window_hashes = TRUE_HASHES
 
     def pick(self, number: int) -> int:
         return list(self.model)[number % len(self.model)]

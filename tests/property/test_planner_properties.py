@@ -7,11 +7,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.planner import CostModel, build_plan, expected_cells, rows_per_layer
-from kvshare_sched.session import Session
-from kvshare_sched.strategies import get, names
-from kvshare_sched.types import Namespace, Reason, RequestView, ReusePlan, Segment
+from kvshare_sched.methods.registry import get, names
+from kvshare_sched.records.plan import ReusePlan
+from kvshare_sched.records.request import Reason, RequestView
+from kvshare_sched.reuse.costs import CostModel
+from kvshare_sched.reuse.planning import build_plan, expected_cells, rows_per_layer
+from kvshare_sched.reuse.session import Session
+from kvshare_sched.settings import KVShareConfig
+from radix_ext.records import Namespace, Segment
 
 configs = st.builds(
     KVShareConfig,

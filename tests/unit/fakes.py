@@ -1,11 +1,11 @@
-"""A stand-in for the live tree, which answers as `radix_ext.donors.DonorTree` does; and sessions by name."""
+"""A stand-in for the live tree, which answers as `engine.sglang.tree.DonorTree` does; and sessions by name."""
 
 import torch
 
-from kvshare_sched.pipeline import Pipeline
-from kvshare_sched.session import Session
-from kvshare_sched.types import Reason
-from radix_ext.donors import DonorLease
+from kvshare_sched.records.request import Reason
+from kvshare_sched.reuse.lifecycle import Pipeline
+from kvshare_sched.reuse.session import Session
+from radix_ext.stores.base import DonorLease
 
 
 class FakeTree:

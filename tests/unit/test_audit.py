@@ -11,14 +11,15 @@ import torch
 from fakes import FakeTree, NamedPipeline
 from prometheus_client import CollectorRegistry
 
-from kvshare_sched.audit import PIECE, POSITIONS, TOP, Auditor
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.controller import ENOUGH
-from kvshare_sched.divergence import compare
-from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.planner import CostModel
-from kvshare_sched.series import AUDIT_RESULTS
-from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
+from kvshare_sched.observe.metrics import ShareMetrics
+from kvshare_sched.observe.series import AUDIT_RESULTS
+from kvshare_sched.quality.audit import PIECE, POSITIONS, TOP, Auditor
+from kvshare_sched.quality.controller import ENOUGH
+from kvshare_sched.quality.divergence import compare
+from kvshare_sched.records.request import Outcome, Reason, RequestView
+from kvshare_sched.reuse.costs import CostModel
+from kvshare_sched.settings import KVShareConfig
+from radix_ext.records import Namespace
 
 HERE = Namespace("here")
 VOCABULARY = 300

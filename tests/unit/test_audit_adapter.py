@@ -13,13 +13,13 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.sampling.sampling_params import SamplingParams
 from test_pipeline import COSTS, HERE
 
-from kvshare_sched import audit_adapter
-from kvshare_sched.audit import PIECE, Audit, Capture
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.pipeline import Pipeline
-from kvshare_sched.session import attach
-from kvshare_sched.types import Reason
+from kvshare_sched.engine.sglang import audit_hooks
+from kvshare_sched.observe.metrics import ShareMetrics
+from kvshare_sched.quality.audit import PIECE, Audit, Capture
+from kvshare_sched.records.request import Reason
+from kvshare_sched.reuse.lifecycle import Pipeline
+from kvshare_sched.reuse.session import attach
+from kvshare_sched.settings import KVShareConfig
 
 FLUSH = io_struct.FlushCacheReqInput()
 OPERATORS = (
@@ -32,8 +32,8 @@ OPERATORS = (
 
 
 def generate(rid: str) -> io_struct.TokenizedGenerateReqInput:
-    audit = Audit(rid, HERE, range(5), Capture("here", "kvshare", 0.1, False, (), 4, 0))
-    return audit_adapter.request_of(audit, 3)
+    audit = Audit(rid, HERE, range(5), Capture("here", "dhd", 0.1, False, (), 4, 0))
+    return audit_hooks.request_of(audit, 3)
 
 
 def embed(rid: str) -> io_struct.TokenizedEmbeddingReqInput:
@@ -76,7 +76,7 @@ class Scheduler:
         self.auditor = self.pipeline.auditor
         self.auditor.served = 10**6
         for number in range(audits):
-            capture = Capture("here", "kvshare", 0.1, False, (), prompt_len, 0)
+            capture = Capture("here", "dhd", 0.1, False, (), prompt_len, 0)
             self.auditor.queue.append(Audit(f"audit {number}", HERE, range(prompt_len + 4), capture))
         self.tree_cache = SimpleNamespace(pipeline=self.pipeline, full_evictable_size=lambda: 0)
         self.token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: 10_000)
@@ -105,13 +105,13 @@ class Scheduler:
     def receive(self, *requests) -> list:
         """These come in; returns what SGLang sees of them, and of earlier ones, now."""
         seen: list = []
-        audit_adapter.process_input_requests(lambda _, reqs: seen.extend(reqs), self, list(requests))
+        audit_hooks.process_input_requests(lambda _, reqs: seen.extend(reqs), self, list(requests))
         self.handled += seen
         return seen
 
     def idle(self) -> Req | None:
         """A pass finds nothing to do; returns the piece of an audit that waits behind it."""
-        audit_adapter.on_idle(lambda _: None, self)
+        audit_hooks.on_idle(lambda _: None, self)
         return self.auditor.piece
 
     def run(self) -> None:
@@ -130,7 +130,7 @@ class Scheduler:
         for req in self.running:
             req.finished_reason = reason or FINISH_LENGTH(1)
         sent: list[Req] = []
-        audit_adapter.stream_output(
+        audit_hooks.stream_output(
             lambda _, reqs, *more: sent.extend(reqs), SimpleNamespace(tree_cache=self.tree_cache), self.running, False
         )
         self.running = []
@@ -251,8 +251,8 @@ def test_an_answer_over_replaced_weights_is_compared_with_nothing():
     scheduler.handle_generate_request(generate("client"))
     scheduler.run()
     [req] = scheduler.running
-    session = audit_adapter.session_of(req)
-    session.capture = Capture("here", "kvshare", 0.1, False, (), 3, 0, rows=[object()])
+    session = audit_hooks.session_of(req)
+    session.capture = Capture("here", "dhd", 0.1, False, (), 3, 0, rows=[object()])
     scheduler.pipeline.weights_change()
     assert scheduler.end() == [req]
     assert session.capture is None and not scheduler.auditor.queue
@@ -261,5 +261,5 @@ def test_an_answer_over_replaced_weights_is_compared_with_nothing():
 
 def test_an_engine_without_reuse_sees_what_comes():
     seen, scheduler = [], SimpleNamespace(tree_cache=object())
-    audit_adapter.process_input_requests(lambda _, reqs: seen.append(reqs), scheduler, [FLUSH])
+    audit_hooks.process_input_requests(lambda _, reqs: seen.append(reqs), scheduler, [FLUSH])
     assert seen == [[FLUSH]]

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.evidence import Chunk
-from kvshare_sched.session import Session
-from kvshare_sched.types import Reason, ReusePlan, Segment
+from kvshare_sched.records.plan import ReusePlan
+from kvshare_sched.records.request import Reason
+from kvshare_sched.reuse.session import Session
+from kvshare_sched.runtime.chunk import Chunk
+from kvshare_sched.settings import KVShareConfig
+from radix_ext.records import Segment
 
 # 200 tokens: 10 fresh, 150 of a donor whose left context is foreign, 40 fresh.
 PLAN = ReusePlan(200, 0, (Segment(1, 0, 10, 150),), forced_head=8)
@@ -25,7 +27,7 @@ def test_candidates_are_reused_and_not_forced():
     assert chunk(start=100, row=0).candidates.tolist() == list(range(60))
 
 
-@pytest.mark.parametrize("strategy", ["kvshare", "cacheblend", "epic", "random"])
+@pytest.mark.parametrize("strategy", ["dhd", "cacheblend", "epic", "random"])
 def test_published_rules_get_a_share_of_all_reused_rows(strategy):
     behind = ReusePlan(200, 0, (Segment(1, 0, 10, 150, context=10),), forced_head=8)
     assert chunk(strategy=strategy).budget(0.2) == chunk(behind, strategy=strategy).budget(0.2) == 30 - 8
@@ -50,7 +52,7 @@ def test_a_scored_continuation_does_not_ask():
 
 def test_a_first_pass_must_not_cost_more_than_it_saves():
     assert chunk(strategy="consensus").looks
-    assert not chunk(strategy="kvshare").looks
+    assert not chunk(strategy="dhd").looks
     assert not chunk(strategy="consensus", ratio=1.0).looks
     assert not chunk(strategy="consensus", ratio=0.8).looks  # 120 chosen + 2 x 50 fresh rows of 200
     assert not chunk(strategy="consensus", start=20, end=100).looks  # nobody asks in the middle of a document

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvshare_sched import client_report
-from kvshare_sched.sglang_adapter import REPORT_KEY, WHOLE_KEY
-from kvshare_sched.tenants.hold import HOLD_KEY
+from kvshare_sched.engine.sglang import http_reports
+from kvshare_sched.engine.sglang.reports import WHOLE_KEY
+from kvshare_sched.engine.sglang.requests import REPORT_KEY
+from kvshare_sched.tenants.delayed_answers import HOLD_KEY
 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered():
-    client_report._recent.clear()
+    http_reports._recent.clear()
 
 
 class Answer:
@@ -28,7 +29,7 @@ class Answer:
         """The `meta_info` of another chunk; told: what came with it, at most one object."""
         meta, info = {"id": self.rid}, {"a client's": [[1]]} | ({key: [list(told)]} if told else {})
         passed: list = []
-        client_report.update_request_meta_info(
+        http_reports.update_request_meta_info(
             lambda *given: passed.append(given), None, meta, self.state, info, 0, None
         )
         assert passed[0][3] == {"a client's": [[1]]}
@@ -42,7 +43,7 @@ def last_chunk(rid: str = "r") -> dict | None:
         yield f'data: {{"id":"{rid}","choices":[{{"index":0,"finish_reason":"stop"}}]}}\n\n'
 
     async def read() -> list[str]:
-        return [chunk async for chunk in client_report.stream(sglang, None)]
+        return [chunk async for chunk in http_reports.stream(sglang, None)]
 
     [chunk] = asyncio.run(read())
     return json.loads(chunk.removeprefix("data: ")).get("metadata")
@@ -81,7 +82,7 @@ def test_an_answer_with_a_report_shows_its_own():
 
 
 def test_the_answers_that_spoke_last_are_remembered(monkeypatch):
-    monkeypatch.setattr(client_report, "_RECENT", 3)
+    monkeypatch.setattr(http_reports, "_RECENT", 3)
     answers = [Answer(str(number)) for number in range(4)]
     for answer in answers[:3]:
         answer.goes_on({"reused": 5})

@@ -4,9 +4,9 @@ from dataclasses import fields
 
 import pytest
 
-from kvshare_sched.config import PRESETS, KVShareConfig
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.strategies import names
+from kvshare_sched.methods.registry import names
+from kvshare_sched.settings import PRESETS, KVShareConfig
 
 FIELDS = {f.name: f for f in fields(KVShareConfig)}
 NUMBERS = [f for f in FIELDS.values() if isinstance(f.default, int | float)]

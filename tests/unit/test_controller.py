@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_sched.controller import ENOUGH, HIGHEST, LOWEST, RETRY, Controller
+from kvshare_sched.quality.controller import ENOUGH, HIGHEST, LOWEST, RETRY, Controller
 
 TARGET = 0.03
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvshare_kernels
-from kvshare_sched.wiring import _measure_costs
+from kvshare_sched.engine.sglang.measure_costs import measure_costs
 
 LAYERS = 3
 
@@ -35,7 +35,7 @@ def test_a_copy_keeps_its_price_up_to_that_of_a_computed_cell(token_s, capped, m
 
     monkeypatch.setattr(time, "perf_counter", clock)
     monkeypatch.setattr(kvshare_kernels, "copy_rotate", copies)
-    costs = _measure_costs(runner(), torch.zeros(300, 32), True)
+    costs = measure_costs(runner(), torch.zeros(300, 32), True)
     assert costs.layers == LAYERS and costs.cell_s > token_s * (not capped) and costs.overhead_s > 0
     assert costs.pass_rows > 0 and costs.copy_s == pytest.approx(costs.cell_s if capped else token_s, rel=0.01)
 
@@ -47,5 +47,5 @@ def test_quantised_weights_have_a_price_too(monkeypatch):
         raise RuntimeError("addmm_cuda not implemented for Float8_e4m3fn")
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
-    costs = _measure_costs(runner(), torch.zeros(300, 32), True)
+    costs = measure_costs(runner(), torch.zeros(300, 32), True)
     assert costs.cell_s > 0 and 0 <= costs.copy_s <= costs.cell_s and costs.overhead_s > 0 and costs.pass_rows == 0

@@ -9,11 +9,11 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.runtime_context import get_parallel
 
 from kvshare_kernels.reference import position_masked_attention
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.cpu.attention import PortableCpuAttention
-from kvshare_sched.decode_repair import DecodeRepair
-from kvshare_sched.repair import RepairQueue
-from kvshare_sched.session import Rids, attach
+from kvshare_sched.engine.sglang.cpu.attention import PortableCpuAttention
+from kvshare_sched.reuse.repair_queue import RepairQueue
+from kvshare_sched.reuse.session import Rids, attach
+from kvshare_sched.runtime.decode_repair import DecodeRepair
+from kvshare_sched.settings import KVShareConfig
 
 H, G, D, CELLS = 6, 2, 8, 400
 REQUEST = [3, 1, 2]  # request slot of each batch row
@@ -105,7 +105,7 @@ def test_every_row_sees_the_keys_up_to_its_own_position(runner, chosen):
 
 @pytest.mark.parametrize("few", [89, 90])
 def test_short_requests_share_a_product_and_long_ones_do_not(runner, few, monkeypatch):
-    monkeypatch.setattr("kvshare_sched.cpu.attention._FEW_KEYS", few)
+    monkeypatch.setattr("kvshare_sched.engine.sglang.cpu.attention._FEW_KEYS", few)
     batch = decode_batch(runner)
     runner.attn_backend.init_forward_metadata(batch)
     assert (runner.attn_backend.decode is None) == (max(LENGTH) > few)

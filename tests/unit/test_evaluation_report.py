@@ -67,9 +67,9 @@ def row(name, full_score, default_score, kl):
             "full": measured(0.0, full_score, outcome="ordinary"),
             "noise_floor": measured(1e-12, full_score, ttft=None, outcome="ordinary"),
             "epic": measured(2 * kl, default_score, cells=0.16, ttft=0.5),
-            "kvshare": measured(kl, default_score, cells=0.165, ttft=0.5),
+            "dhd": measured(kl, default_score, cells=0.165, ttft=0.5),
             "epic@0.25": measured(3 * kl, default_score, cells=0.20, ttft=0.5),
-            "kvshare@0.25": measured(kl, default_score, cells=0.30, ttft=0.5),
+            "dhd@0.25": measured(kl, default_score, cells=0.30, ttft=0.5),
             "default": measured(kl, default_score, cells=0.165, ttft=0.5, swapped=True),
             "no_context": bare,
         },
@@ -77,7 +77,7 @@ def row(name, full_score, default_score, kl):
 
 
 ROWS = [row("fact/0", 1.0, 0.5, 0.02), row("fact/1", 1.0, 1.0, 0.04), row("continuation/0", None, None, 0.06)]
-BUDGETS = {"epic": 0.1, "kvshare": 0.1, "epic@0.25": 0.25, "kvshare@0.25": 0.25, "default": None}
+BUDGETS = {"epic": 0.1, "dhd": 0.1, "epic@0.25": 0.25, "dhd@0.25": 0.25, "default": None}
 SETTINGS = {
     "model": "m", "cases": 3, "tasks": ["fact", "continuation"], "donors": 4, "answer_tokens": 24, "seed": 1,
     "server_settings": "mode=on",
@@ -98,18 +98,18 @@ def test_figures_of_the_summary():
     assert own["ttft_ratio"] == 4 and own["ttft_s"] == 0.5 and own["tpot_s"] is None
     assert summary["full"]["kl_mean"] == 0 and summary["full"]["task_score_gap_high"] == 0
     assert summary["noise_floor"]["ttft_s"] is None and summary["no_context"]["cases"] == 2
-    for name in ("full", "noise_floor", "epic", "kvshare", "default"):
+    for name in ("full", "noise_floor", "epic", "dhd", "default"):
         assert summary[name].keys() >= PROMISED
 
 
 def test_ours_is_compared_with_every_published_rule():
     found = {(c["method"], c["against"]): c for c in figures.assemble(SETTINGS, ROWS)["comparison"]}
-    assert found.keys() == {("default", a) for a in ("epic", "kvshare", "epic@0.25", "kvshare@0.25")}
-    epic, kvshare = found["default", "epic"], found["default", "kvshare"]
+    assert found.keys() == {("default", a) for a in ("epic", "dhd", "epic@0.25", "dhd@0.25")}
+    epic, kvshare = found["default", "epic"], found["default", "dhd"]
     assert epic["kl_ratio"] == epic["kl_ratio_typical"] == epic["kl_ratio_high"] == pytest.approx(1 / 2)
     assert epic["no_more_cells"] and epic["time_ratio"] == 1 and epic["cell_difference"] == pytest.approx(0.005)
     assert kvshare["kl_ratio"] == 1 and kvshare["no_more_cells"]
-    assert found["default", "kvshare@0.25"]["no_more_cells"], "far fewer is no more, too"
+    assert found["default", "dhd@0.25"]["no_more_cells"], "far fewer is no more, too"
     dear = [{**r, "methods": {**r["methods"], "default": measured(0.01, 1.0, cells=0.4, ttft=1.0)}} for r in ROWS]
     compared = figures.compare(dear, SETTINGS, figures.summarise(dear))[0]
     assert not compared["no_more_cells"] and compared["time_ratio"] == 2
@@ -121,7 +121,7 @@ def test_all_three_files(tmp_path):
     assert data.keys() == {"settings", "summary", "comparison", "by_task", "by_donor_kind", "cases"}
     assert data["by_task"]["fact"]["full"]["cases"] == 2 and len(data["cases"]) == 3
     text = (tmp_path / "report.md").read_text()
-    assert "| kvshare@0.25 " in text and " yes |" in text and "default" in said
+    assert "| dhd@0.25 " in text and " yes |" in text and "default" in said
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part"))
 

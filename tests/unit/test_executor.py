@@ -7,8 +7,8 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
-from kvshare_sched.executor import Executor, even_at
-from kvshare_sched.strategies import get
+from kvshare_sched.methods.registry import get
+from kvshare_sched.runtime.executor import Executor, even_at
 
 
 def test_attention_costs_what_the_products_cost_at_that_position():

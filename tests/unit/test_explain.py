@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from test_pipeline import COSTS, HERE, PROMPT, World, text
 
-from kvshare_sched import explain
-from kvshare_sched.series import ORIGINS
-from kvshare_sched.types import Namespace, Reason
+from kvshare_sched.observe import explain
+from kvshare_sched.observe.series import ORIGINS
+from kvshare_sched.records.request import Reason
+from radix_ext.records import Namespace
 
 
 @pytest.fixture

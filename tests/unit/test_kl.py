@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kvshare_sched.client import Client, kl_divergence
+from kvshare_sched.client.http import Client, kl_divergence
 
 
 def logs(*rows):

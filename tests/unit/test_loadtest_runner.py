@@ -291,7 +291,7 @@ def test_the_points_of_a_comparison(fake, tmp_path, monkeypatch, interleaved):
 def test_a_comparison_at_a_rate_that_is_given(fake, tmp_path, monkeypatch, interleave_s):
     monkeypatch.setattr(compare, "_QUIET_S", 0.0)
     awake = Awake(fake)
-    monkeypatch.setattr(compare.server, "launched", lambda *_, **__: contextlib.nullcontext(awake.server(fake.url)))
+    monkeypatch.setattr(compare.launch, "launched", lambda *_, **__: contextlib.nullcontext(awake.server(fake.url)))
     monkeypatch.setattr(compare, "_points", functools.partial(_without_quality, compare._points))
     trace = Trace("small", tuple(request(i, float(i)) for i in range(40)), warm_up=3)
     monkeypatch.setattr(run, "load_trace", lambda *_: trace)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from kvshare_sched.types import Namespace, Segment
-from radix_ext import matcher, segment_index
+from radix_ext import index, matcher
+from radix_ext.index import SegmentIndex
 from radix_ext.matcher import find_segments
-from radix_ext.segment_index import SegmentIndex
+from radix_ext.records import Namespace, Segment
 
 HERE = Namespace("here")
 WINDOW, MIN_RUN = 4, 8
@@ -219,8 +219,8 @@ def test_forced_hash_collisions_never_make_a_wrong_segment(monkeypatch, modulus)
     donors = [join(text(1), text(2)), join(text(7), text(2), text(3)), text(4)]
     prompt = join(text(9, 5), text(3), text(1), text(8, 9), text(4), text(2))
     clean = Library(*donors).segments(prompt)
-    true_hashes = segment_index.window_hashes
-    monkeypatch.setattr(segment_index, "window_hashes", lambda t, w: true_hashes(t, w) % np.uint64(modulus))
+    true_hashes = index.window_hashes
+    monkeypatch.setattr(index, "window_hashes", lambda t, w: true_hashes(t, w) % np.uint64(modulus))
     library = Library(*donors)  # `segments` compares every id
     covered = {p for s in clean for p in range(s.start, s.end)}
     assert {p for s in library.segments(prompt) for p in range(s.start, s.end)} <= covered
@@ -232,8 +232,8 @@ def test_collisions_that_lose_no_place_change_nothing(monkeypatch, modulus):
     prompt = join(text(9, 5), text(3), text(8, 9), text(1), text(2))
     library = Library(*donors)
     # Every window of the prompt nominates every place of the index whose hash agrees modulo a tiny number.
-    rows = [(segment_index.window_hashes(library.tokens(i), WINDOW) % np.uint64(modulus), i) for i in library.ids]
-    asked = segment_index.window_hashes(prompt, WINDOW) % np.uint64(modulus)
+    rows = [(index.window_hashes(library.tokens(i), WINDOW) % np.uint64(modulus), i) for i in library.ids]
+    asked = index.window_hashes(prompt, WINDOW) % np.uint64(modulus)
     collided = [
         (i, int(at), position)
         for position, value in enumerate(asked)

@@ -12,13 +12,14 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.metrics import EdgeMetrics, ShareMetrics
+from kvshare_sched.observe.metrics import EdgeMetrics, ShareMetrics
+from kvshare_sched.observe.series import AUDIT_RESULTS, ORDER_RESULTS, ORIGINS, OTHER, PHASES, PREFIX, SERIES, TENANTS
+from kvshare_sched.records.report import ShareReport
+from kvshare_sched.records.request import Outcome, Reason
 from kvshare_sched.scheduling.fairness import Accounts
 from kvshare_sched.scheduling.order import Waiting
 from kvshare_sched.scheduling.queue import Order, Queue
-from kvshare_sched.series import AUDIT_RESULTS, ORDER_RESULTS, ORIGINS, OTHER, PHASES, PREFIX, SERIES, TENANTS
-from kvshare_sched.types import Outcome, Reason, ShareReport
+from kvshare_sched.settings import KVShareConfig
 
 
 @pytest.fixture
@@ -349,8 +350,8 @@ def fill(metrics) -> None:
 
 _ENGINE = """
 import sys
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.metrics import ShareMetrics
+from kvshare_sched.settings import KVShareConfig
+from kvshare_sched.observe.metrics import ShareMetrics
 from types import SimpleNamespace
 from collections import Counter
 leases, oldest = map(int, sys.argv[1:])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_sched import model
+from kvshare_sched.client import model
 from kvshare_sched.errors import SetupError
 
 

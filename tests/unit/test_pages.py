@@ -14,11 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dashboards"))
 
 from engine import move  # noqa: E402
 
-from kvshare_sched import client_report, explain, live, pages, recent, show, watch  # noqa: E402
-from kvshare_sched.cli import main  # noqa: E402
-from kvshare_sched.metrics import ShareMetrics  # noqa: E402
-from kvshare_sched.series import SERIES  # noqa: E402
-from kvshare_sched.types import Outcome, Reason, ShareReport  # noqa: E402
+from kvshare_sched.engine.sglang import http_pages, http_reports  # noqa: E402
+from kvshare_sched.observe import explain, recent_requests, render, server_state  # noqa: E402
+from kvshare_sched.observe.metrics import ShareMetrics  # noqa: E402
+from kvshare_sched.observe.series import SERIES  # noqa: E402
+from kvshare_sched.records.report import ShareReport  # noqa: E402
+from kvshare_sched.records.request import Outcome, Reason  # noqa: E402
+from kvshare_sched.tools import inspect  # noqa: E402
+from kvshare_sched.tools.cli import main  # noqa: E402
 
 REPORT = ShareReport(10, 60, 9, 30, Outcome.REUSED, Reason.NONE, 1, 0, "consensus", 900, 30, 800, 0.5, 0.4).to_json()
 RUNS = [
@@ -46,16 +49,16 @@ def samples():
     metrics = ShareMetrics(registry=registry)
     for n in (1, 2, 3):
         move(metrics, n)
-    return live.samples_of(registry.collect())
+    return server_state.samples_of(registry.collect())
 
 
 @pytest.fixture
 def client(keys, samples, monkeypatch):
-    monkeypatch.setattr(recent, "requests", recent.Recent())
-    monkeypatch.setattr(pages, "_own_samples", lambda: samples)
-    recent.requests.remember("r1", REPORT, details())
-    recent.requests.remember("r2", REPORT, details("green", "pepper"))
-    return TestClient(Starlette(routes=pages.routes()))
+    monkeypatch.setattr(recent_requests, "requests", recent_requests.Recent())
+    monkeypatch.setattr(http_pages, "_own_samples", lambda: samples)
+    recent_requests.requests.remember("r1", REPORT, details())
+    recent_requests.requests.remember("r2", REPORT, details("green", "pepper"))
+    return TestClient(Starlette(routes=http_pages.routes()))
 
 
 BROWSER = {"accept": "text/html,application/xhtml+xml"}
@@ -89,7 +92,7 @@ def test_a_request_as_html_needs_nothing_else_and_runs_nothing(client):
 
 
 def test_an_id_with_a_slash_is_found_too(client):
-    recent.requests.remember("a/../b", REPORT, details())
+    recent_requests.requests.remember("a/../b", REPORT, details())
     assert client.get("/kvshare/requests/a%2F..%2Fb").json()["rid"] == "a/../b"
 
 
@@ -99,14 +102,14 @@ def test_a_request_as_json(client):
 
 def test_a_tenant_sees_its_own_and_learns_nothing_of_others(client, keys):
     keys.admin_api_key = "secret"
-    own, salted = {pages.EXTRA_KEY: "blue"}, {pages.EXTRA_KEY: "green", pages.CACHE_SALT: "pepper"}
+    own, salted = {http_pages.EXTRA_KEY: "blue"}, {http_pages.EXTRA_KEY: "green", http_pages.CACHE_SALT: "pepper"}
     assert client.get("/kvshare/requests/r1", headers=own).status_code == 200
     assert client.get("/kvshare/requests/r2", headers=salted).status_code == 200
     assert client.get("/kvshare/requests/r2", headers={"authorization": "Bearer secret"}).status_code == 200
     refused = [
         client.get("/kvshare/requests/r1"),
         client.get("/kvshare/requests/r2", headers=own),
-        client.get("/kvshare/requests/r2", headers={pages.EXTRA_KEY: "green"}),
+        client.get("/kvshare/requests/r2", headers={http_pages.EXTRA_KEY: "green"}),
         client.get("/kvshare/requests/r1", headers={"authorization": "Bearer guess"}),
         client.get("/kvshare/requests/never", headers=own),
     ]
@@ -116,7 +119,7 @@ def test_a_tenant_sees_its_own_and_learns_nothing_of_others(client, keys):
 def test_the_live_page_is_for_admins(client, keys):
     assert client.get("/kvshare/").status_code == 200
     keys.admin_api_key = "secret"
-    assert client.get("/kvshare/", headers={pages.EXTRA_KEY: "blue"}).status_code == 401
+    assert client.get("/kvshare/", headers={http_pages.EXTRA_KEY: "blue"}).status_code == 401
     assert client.get("/kvshare/", headers={"authorization": "Bearer secret"}).status_code == 200
 
 
@@ -125,24 +128,24 @@ def test_behind_sglangs_own_keys(keys, samples, monkeypatch, client):
     from sglang.srt.utils.auth import add_api_key_middleware
 
     keys.api_key, keys.admin_api_key = "client", "secret"
-    app = Starlette(routes=pages.routes())
+    app = Starlette(routes=http_pages.routes())
     add_api_key_middleware(app, api_key="client", admin_api_key="secret")
     behind = TestClient(app)
-    admin, tenant = {"authorization": "Bearer secret"}, {"authorization": "Bearer client", pages.EXTRA_KEY: "blue"}
+    admin, tenant = {"authorization": "Bearer secret"}, {"authorization": "Bearer client", http_pages.EXTRA_KEY: "blue"}
     assert behind.get("/kvshare/", headers=admin).status_code == 200
     assert behind.get("/kvshare/?rid=r1", headers=admin).json()["rid"] == "r1"
     assert behind.get("/kvshare/?rid=never", headers=admin).status_code == 404
     assert behind.get("/kvshare/", headers=tenant).status_code == 401
     assert behind.get("/kvshare/requests/r1", headers=tenant).json()["rid"] == "r1"
     assert behind.get("/kvshare/requests/r2", headers=tenant).status_code == 404
-    assert behind.get("/kvshare/requests/r1", headers={pages.EXTRA_KEY: "blue"}).status_code == 401
+    assert behind.get("/kvshare/requests/r1", headers={http_pages.EXTRA_KEY: "blue"}).status_code == 401
 
 
 @pytest.fixture
 def server(client, monkeypatch):
     """The command line, talking to the pages without a socket."""
     monkeypatch.setattr(
-        watch, "_get", lambda url, headers: client.get(url.removeprefix("http://here"), headers=headers)
+        inspect, "_get", lambda url, headers: client.get(url.removeprefix("http://here"), headers=headers)
     )
     return "http://here"
 
@@ -169,7 +172,7 @@ def test_top_on_the_command_line(monkeypatch, capsys):
     move(ShareMetrics(registry=registry), 1)
     answer = SimpleNamespace(status_code=200, text=generate_latest(registry).decode())
     sent = []
-    monkeypatch.setattr(watch, "_get", lambda url, headers: sent.append(headers) or answer)
+    monkeypatch.setattr(inspect, "_get", lambda url, headers: sent.append(headers) or answer)
     assert main(["top", "--once", "--key", ""]) == main(["top", "--once", "--key", "root"]) == 0
     assert sent == [{}, {"authorization": "Bearer root"}]
     out = capsys.readouterr().out
@@ -192,9 +195,11 @@ def test_the_live_page_shows_every_subject_and_the_latest_requests(client):
 
 def test_every_name_the_live_state_asks_for_is_a_series(samples, monkeypatch):
     asked = set()
-    true = live._sum
-    monkeypatch.setattr(live, "_sum", lambda samples, name, labels: asked.add(name) or true(samples, name, labels))
-    live.sections(live.State(samples))
+    true = server_state._sum
+    monkeypatch.setattr(
+        server_state, "_sum", lambda samples, name, labels: asked.add(name) or true(samples, name, labels)
+    )
+    server_state.sections(server_state.State(samples))
     assert len(asked) > 25 and asked <= {name for s in SERIES for name in s.samples}
 
 
@@ -203,14 +208,14 @@ def test_numbers_since_an_earlier_look(samples):
     metrics = ShareMetrics(registry=registry)
     for n in (1, 2, 3, 4):
         move(metrics, n)
-    later = live.samples_of(registry.collect())
-    whole, since = live.State(later), live.State(later, samples)
+    later = server_state.samples_of(registry.collect())
+    whole, since = server_state.State(later), server_state.State(later, samples)
     assert whole.grown("prompt_tokens") == 4 * since.grown("prompt_tokens") > 0
     assert whole.now("index_tokens") == since.now("index_tokens") == 4000
 
 
 def test_memory_is_bounded_and_a_busy_tenant_pushes_out_only_its_own():
-    kept = recent.Recent(each=3, tenants=2)
+    kept = recent_requests.Recent(each=3, tenants=2)
     kept.remember("quiet", REPORT, details("quiet"))
     for n in range(10):
         kept.remember(f"busy{n}", REPORT, details("busy"))
@@ -221,8 +226,8 @@ def test_memory_is_bounded_and_a_busy_tenant_pushes_out_only_its_own():
 
 
 def test_prompts_of_very_many_runs_are_kept_for_a_shorter_time(monkeypatch):
-    monkeypatch.setattr(recent, "RUNS", 10)
-    kept = recent.Recent()
+    monkeypatch.setattr(recent_requests, "RUNS", 10)
+    kept = recent_requests.Recent()
     for n in range(10):
         kept.remember(f"r{n}", REPORT, details())  # three runs each
     assert [r["rid"] for r in kept.latest(9)] == ["r9", "r8", "r7"]
@@ -232,17 +237,17 @@ def test_prompts_of_very_many_runs_are_kept_for_a_shorter_time(monkeypatch):
 
 def test_two_tenants_that_choose_one_id_both_see_their_own(client, keys):
     keys.admin_api_key = "secret"
-    recent.requests.remember("r1", REPORT, details("green"))
+    recent_requests.requests.remember("r1", REPORT, details("green"))
     for tenant in ("blue", "green"):
-        found = client.get("/kvshare/requests/r1", headers={pages.EXTRA_KEY: tenant})
+        found = client.get("/kvshare/requests/r1", headers={http_pages.EXTRA_KEY: tenant})
         assert found.json()["details"]["extra_key"] == tenant
-    assert client.get("/kvshare/requests/r1", headers={pages.EXTRA_KEY: "red"}).status_code == 404
+    assert client.get("/kvshare/requests/r1", headers={http_pages.EXTRA_KEY: "red"}).status_code == 404
     operator = client.get("/kvshare/requests/r1", headers={"authorization": "Bearer secret"})
     assert operator.json()["details"]["extra_key"] == "green", "the one who came last"
 
 
 def test_an_id_that_is_no_text_breaks_no_page(client):
-    recent.requests.remember("half \ud800", REPORT, details())
+    recent_requests.requests.remember("half \ud800", REPORT, details())
     assert "half ?" in client.get("/kvshare/", headers=BROWSER).text
     assert client.get("/kvshare/").json()["latest"][0] == "half \ud800"
 
@@ -256,39 +261,39 @@ def test_pages_load_nothing_and_are_not_kept(client):
 
 
 def test_names_do_not_speak_to_the_terminal():
-    assert show.text_tables([("T", ("a",), [("\033[2J\nred",)])]) == "T\n  a\n  ?[2J?red"
+    assert render.text_tables([("T", ("a",), [("\033[2J\nred",)])]) == "T\n  a\n  ?[2J?red"
 
 
 def test_running_requests_of_all_engines_but_not_of_all_ranks():
     labels = [{"dp_rank": d, "tp_rank": t} for d in "01" for t in "012"]
-    state = live.State({"sglang:num_running_reqs": [(has, 4.0) for has in labels]})
+    state = server_state.State({"sglang:num_running_reqs": [(has, 4.0) for has in labels]})
     assert state.sglang("num_running_reqs") == [4.0, 4.0] and state.sglang("token_usage") == []
 
 
 def test_a_server_that_was_started_anew_counts_from_nothing(samples):
     before = {name: [(labels, 10 * value) for labels, value in rows] for name, rows in samples.items()}
-    again, whole = live.State(samples, before), live.State(samples)
+    again, whole = server_state.State(samples, before), server_state.State(samples)
     assert again.grown("prompt_tokens") == whole.grown("prompt_tokens") > 0
 
 
 def test_details_are_kept_for_the_page_and_never_reach_the_client(monkeypatch):
-    monkeypatch.setattr(recent, "requests", recent.Recent())
+    monkeypatch.setattr(recent_requests, "requests", recent_requests.Recent())
     meta, state, passed = {"id": "r9"}, SimpleNamespace(), []
     info = {"kvshare": [[REPORT | {"details": details()}]], "other": [[1]]}
-    client_report.update_request_meta_info(lambda *a: passed.append(a), None, meta, state, info, 0, None)
-    assert meta["kvshare"] == REPORT and recent.requests.find("r9")[0]["details"] == details()
+    http_reports.update_request_meta_info(lambda *a: passed.append(a), None, meta, state, info, 0, None)
+    assert meta["kvshare"] == REPORT and recent_requests.requests.find("r9")[0]["details"] == details()
     assert passed[0][3] == {"other": [[1]]}
 
 
 def test_the_bar_in_a_terminal_is_the_prompt_in_proportion():
-    bar = show.text_bar(RUNS, colour=False)
+    bar = render.text_bar(RUNS, colour=False)
     assert bar == "e" * 10 + "r" * 60 + "f" * 30
-    assert show.text_bar(RUNS[:1], colour=False) == "e" * 10 and show.text_bar([], colour=True) == "\033[0m"
-    assert "\033[43mr" in show.text_bar(RUNS, colour=True)
+    assert render.text_bar(RUNS[:1], colour=False) == "e" * 10 and render.text_bar([], colour=True) == "\033[0m"
+    assert "\033[43mr" in render.text_bar(RUNS, colour=True)
 
 
 def test_tables_in_a_terminal_line_up():
-    text = show.text_tables([("Title", ("a", "bb"), [("x", 1), ("long", 22)]), ("Empty", ("a",), [])])
+    text = render.text_tables([("Title", ("a", "bb"), [("x", 1), ("long", 22)]), ("Empty", ("a",), [])])
     assert text == "Title\n  a     bb\n  x     1\n  long  22"
 
 
@@ -297,5 +302,7 @@ def test_pages_are_added_only_where_our_backend_serves(monkeypatch):
     for backend, count in (("kvshare", 2), (None, 0)):
         app = Starlette()
         app.server_args = SimpleNamespace(radix_cache_backend=backend)
-        assert pages.add_prometheus_middleware(lambda app: "done", app) == "done" and len(app.router.routes) == count
-    assert pages.add_prometheus_middleware(lambda app: "done", Starlette()) == "done"
+        assert (
+            http_pages.add_prometheus_middleware(lambda app: "done", app) == "done" and len(app.router.routes) == count
+        )
+    assert http_pages.add_prometheus_middleware(lambda app: "done", Starlette()) == "done"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from fakes import FakeTree, NamedPipeline
 
-from kvshare_sched import peek
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.peek import Peek, Prompt
-from kvshare_sched.planner import CostModel
-from kvshare_sched.types import Namespace
+from kvshare_sched.reuse import waiting_costs
+from kvshare_sched.reuse.costs import CostModel
+from kvshare_sched.reuse.waiting_costs import Peek, Prompt
+from kvshare_sched.settings import KVShareConfig
+from radix_ext.records import Namespace
 
 HERE, THERE = Namespace("here"), Namespace("there")
 COSTS = CostModel(cell_s=1e-5, copy_s=2e-6, overhead_s=0.0, layers=10)  # a copied token costs 0.02 of a computed one
@@ -66,8 +66,8 @@ def test_it_looks_again_only_after_a_change_and_tells_only_news(world):
 
 
 def test_a_pass_looks_at_a_bounded_number_old_and_new(world, monkeypatch):
-    monkeypatch.setattr(peek, "_NEW_TOKENS", 1000)
-    monkeypatch.setattr(peek, "_AGAIN", 3)
+    monkeypatch.setattr(waiting_costs, "_NEW_TOKENS", 1000)
+    monkeypatch.setattr(waiting_costs, "_AGAIN", 3)
     for n in range(10):
         world.peek.add(prompt(f"r{n}", text(1, 500)))
     passes = [[rid for rid, _ in world.peek.updates()] for _ in range(5)]
@@ -133,7 +133,7 @@ def test_a_tenant_that_is_turned_off_costs_its_full_price(world, monkeypatch):
 
 
 def test_who_leaves_does_not_keep_others_from_being_looked_at(world, monkeypatch):
-    monkeypatch.setattr(peek, "_AGAIN", 3)
+    monkeypatch.setattr(waiting_costs, "_AGAIN", 3)
     for n in range(10):
         world.peek.add(prompt(f"r{n}", text(1, 500)))
     list(world.peek.updates())

@@ -5,10 +5,11 @@ import pytest
 from fakes import FakeTree, NamedPipeline
 from prometheus_client import CollectorRegistry
 
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.planner import CostModel
-from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
+from kvshare_sched.observe.metrics import ShareMetrics
+from kvshare_sched.records.request import Outcome, Reason, RequestView
+from kvshare_sched.reuse.costs import CostModel
+from kvshare_sched.settings import KVShareConfig
+from radix_ext.records import Namespace
 
 COSTS = CostModel(cell_s=1e-4, copy_s=1e-7, overhead_s=0.0, layers=4)
 HERE = Namespace("here")
@@ -19,7 +20,7 @@ def text(seed: int, length: int = 100) -> np.ndarray:
     return np.random.default_rng(seed).permutation(1000)[:length] + 1000 * seed
 
 
-SETTINGS = {"strategy": "kvshare", "window": 16, "min_run": 32, "min_suffix": 64, "forced_head": 8, "ratio": 0.1}
+SETTINGS = {"strategy": "dhd", "window": 16, "min_run": 32, "min_suffix": 64, "forced_head": 8, "ratio": 0.1}
 PROMPT = np.concatenate((text(9, 10), text(1), text(8, 20), text(2), text(7, 15)))  # 245 tokens
 
 
@@ -117,7 +118,7 @@ def test_one_lookup_serves_whoever_sends_the_same_prompt(world):
 
 
 def test_memory_of_lookups_is_bounded(world, monkeypatch):
-    monkeypatch.setattr("kvshare_sched.lending._MEMO_SIZE", 3)
+    monkeypatch.setattr("kvshare_sched.reuse.lookup._MEMO_SIZE", 3)
     lookups = world.count_lookups()
     for i in range(5):
         world.pipeline.lending.match(world.view(exact_len=i))
@@ -279,7 +280,7 @@ def test_failing_lease_leaves_no_pin_behind(world, broken):
 
 
 def test_anything_unexpected_means_ordinary_prefill(world, monkeypatch, caplog):
-    monkeypatch.setattr("kvshare_sched.lending.find_segments", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("kvshare_sched.reuse.lookup.find_segments", lambda *a, **k: 1 / 0)
     session = world.begin()
     assert (session.plan, session.outcome, session.reason) == (None, Outcome.ORDINARY, Reason.ERROR)
     assert world.tree.active == 0 and "request r" in caplog.text
@@ -355,7 +356,7 @@ def test_report_comes_once_after_the_last_chunk(world):
     assert (report.exact, report.reused, report.fresh, report.recomputed) == (20, 190, 35, 19)
     assert report.exact + report.reused + report.fresh == report.prompt_len == 245
     assert (report.donors, report.computed_cells, report.layers, report.copy_s) == (2, 500, 4, 0.25)
-    assert (report.outcome, report.reason, report.strategy) == (Outcome.REUSED, Reason.NONE, "kvshare")
+    assert (report.outcome, report.reason, report.strategy) == (Outcome.REUSED, Reason.NONE, "dhd")
     assert report.match_s > 0
 
 

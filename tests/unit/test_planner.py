@@ -5,17 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.planner import CostModel, build_plan, expected_cells, rows_per_layer
-from kvshare_sched.session import Session
-from kvshare_sched.strategies import get, names
-from kvshare_sched.types import Namespace, Reason, RequestView, ReusePlan, Segment
+from kvshare_sched.methods.registry import get, names
+from kvshare_sched.records.plan import ReusePlan
+from kvshare_sched.records.request import Reason, RequestView
+from kvshare_sched.reuse.costs import CostModel
+from kvshare_sched.reuse.planning import build_plan, expected_cells, rows_per_layer
+from kvshare_sched.reuse.session import Session
+from kvshare_sched.settings import KVShareConfig
+from radix_ext.records import Namespace, Segment
 
 CHEAP = CostModel(cell_s=1e-5, copy_s=1e-7, overhead_s=0.0, layers=6)
 CONFIG = KVShareConfig(min_run=32, ratio=0.1, forced_head=4)
 
 
-def plan(segments, *, length=300, exact_len=0, fresh_from=None, strategy="kvshare", config=CONFIG, costs=CHEAP):
+def plan(segments, *, length=300, exact_len=0, fresh_from=None, strategy="dhd", config=CONFIG, costs=CHEAP):
     view = RequestView("r", Namespace(), np.arange(length), exact_len, length if fresh_from is None else fresh_from)
     return build_plan(view, tuple(Segment(*s) for s in segments), get(strategy), config, costs)
 
@@ -92,16 +95,16 @@ def test_forced_head_is_the_strategys(name):
 
 def test_rows_per_layer_of_one_selection():
     made = plan([(0, 0, 50, 100), (1, 0, 200, 40)])
-    rows = rows_per_layer(made, 0, 300, get("kvshare"), CONFIG, 6)
+    rows = rows_per_layer(made, 0, 300, get("dhd"), CONFIG, 6)
     fresh, chosen = 300 - 140, 14  # a tenth of 140; the 8 forced rows are among them
     assert rows == [300, 300] + [fresh + chosen] * 4
-    assert expected_cells(made, get("kvshare"), CONFIG, 6) == sum(rows)
+    assert expected_cells(made, get("dhd"), CONFIG, 6) == sum(rows)
 
 
 def test_forced_rows_count_when_they_are_more_than_the_budget():
     config = KVShareConfig(ratio=0.01, forced_head=20)
     made = plan([(0, 0, 50, 100)], config=config)
-    assert rows_per_layer(made, 0, 300, get("kvshare"), config, 4) == [300, 300, 220, 220]
+    assert rows_per_layer(made, 0, 300, get("dhd"), config, 4) == [300, 300, 220, 220]
     assert rows_per_layer(made, 0, 300, get("random"), config, 4) == [220] * 4
 
 
@@ -119,9 +122,9 @@ def test_gradual_filtering_shrinks_layer_by_layer():
 
 def test_chunks_without_reuse_cost_ordinary_rows():
     made = plan([(0, 0, 50, 100)])
-    assert rows_per_layer(made, 150, 300, get("kvshare"), CONFIG, 4) == [150] * 4
+    assert rows_per_layer(made, 150, 300, get("dhd"), CONFIG, 4) == [150] * 4
     assert rows_per_layer(made, 0, 50, get("naive"), CONFIG, 4) == [50] * 4
-    assert rows_per_layer(made, 60, 60, get("kvshare"), CONFIG, 4) == [0] * 4
+    assert rows_per_layer(made, 60, 60, get("dhd"), CONFIG, 4) == [0] * 4
 
 
 def cut_prompt(segments: int) -> ReusePlan:

@@ -4,7 +4,7 @@ import torch
 from sglang.srt.layers.logits_processor import should_apply_lm_head_quant_method
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 
-from kvshare_sched.cpu import products
+from kvshare_sched.engine.sglang.cpu import products
 
 
 class Layer(torch.nn.Module):

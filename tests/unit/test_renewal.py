@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from kvshare_sched import renewal
-from kvshare_sched.renewal import Bill, Ledger
-from kvshare_sched.types import Namespace, RequestView, ReusePlan, Segment
+from kvshare_sched.records.plan import ReusePlan
+from kvshare_sched.records.request import RequestView
+from kvshare_sched.reuse import promotion
+from kvshare_sched.reuse.promotion import Bill, Ledger
+from radix_ext.records import Namespace, Segment
 
 HERE, THERE, RATIO = Namespace("here"), Namespace("there"), 0.25
 Borrowed = tuple[np.ndarray]
@@ -82,8 +84,8 @@ def test_the_second_turn_of_a_conversation_buys_what_the_first_borrowed(world):
     answer, question = text(20, 30), text(21, 40)
     assert world.run(HEAD, (LENT,), END) == 0
     first = world.prompt
-    world.ledger.said(HERE, np.concatenate((first, answer[: renewal.ANSWER])))
-    known = len(first) + renewal.ANSWER
+    world.ledger.said(HERE, np.concatenate((first, answer[: promotion.ANSWER])))
+    known = len(first) + promotion.ANSWER
     assert world.run(HEAD, (LENT,), END, answer, question, (text(22, 70),), END) == known, (
         "what comes after is borrowed"
     )
@@ -107,8 +109,8 @@ def test_other_namespaces_count_for_nothing(world):
 
 
 def test_the_memory_is_bounded_and_ends_with_the_cache(monkeypatch):
-    monkeypatch.setattr(renewal, "_PAID", 50)
-    monkeypatch.setattr(renewal, "_ANSWERS", 20)
+    monkeypatch.setattr(promotion, "_PAID", 50)
+    monkeypatch.setattr(promotion, "_ANSWERS", 20)
     world = World()
     world.run(HEAD, (LENT,), NEW)
     for seed in range(100, 200):
@@ -129,7 +131,7 @@ def test_text_that_repeats_inside_a_prompt_counts_once(world):
 
 
 def test_namespaces_used_longest_ago_give_way_first():
-    memory = renewal._Memory(3)
+    memory = promotion._Memory(3)
     for key, namespace in enumerate((HERE, THERE, HERE, THERE, THERE)):
         memory.put(namespace, key, 1.0)
     assert (dict(memory.of(HERE)), dict(memory.of(THERE)), len(memory)) == ({}, {1: 1.0, 3: 1.0, 4: 1.0}, 3)
@@ -138,7 +140,7 @@ def test_namespaces_used_longest_ago_give_way_first():
 
 def test_who_is_refused_and_asks_again_is_not_hashed_again(world, monkeypatch):
     world.bill(HEAD, (LENT,), NEW, END)
-    monkeypatch.setattr(renewal, "beginning_hashes", None)
+    monkeypatch.setattr(promotion, "beginning_hashes", None)
     world.bill(HEAD, (LENT,), NEW, END)
 
 

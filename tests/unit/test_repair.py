@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from fakes import FakeTree, NamedPipeline
 
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.planner import CostModel
-from kvshare_sched.repair import RepairQueue
-from kvshare_sched.types import Namespace, Reason, RequestView
+from kvshare_sched.records.request import Reason, RequestView
+from kvshare_sched.reuse.costs import CostModel
+from kvshare_sched.reuse.repair_queue import RepairQueue
+from kvshare_sched.settings import KVShareConfig
+from radix_ext.records import Namespace
 
 HERE = Namespace("here")
 SETTINGS = {"window": 16, "min_run": 32, "min_suffix": 64, "strategy": "naive"}

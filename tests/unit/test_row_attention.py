@@ -9,10 +9,9 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor import forward_context
 
 from kvshare_kernels import reference, scattered
-from kvshare_sched import support
+from kvshare_sched.engine.sglang import gpu_attention, support
 from kvshare_sched.errors import UnsupportedError
-from kvshare_sched.executor import Executor
-from kvshare_sched.gpu import attention
+from kvshare_sched.runtime.executor import Executor
 
 HEADS, GROUPS, DIM, SLOTS = 4, 2, 16, 120
 
@@ -70,7 +69,7 @@ def rows():
         token_to_kv_pool=Pool(),
         lora_manager=None,
     )
-    return attention.RowAttention(runner, Kernel())
+    return gpu_attention.RowAttention(runner, Kernel())
 
 
 def batch(rows, sequences):
@@ -197,7 +196,7 @@ def runner(dtype=torch.bfloat16, shape=(8, 2, 64)):
 )
 def test_what_no_kernel_serves_is_refused_by_name(layers, given, says):
     with pytest.raises(UnsupportedError, match=says):
-        attention.create(runner(**given), dict(enumerate(layers)))
+        gpu_attention.create(runner(**given), dict(enumerate(layers)))
 
 
 class Right(Kernel):
@@ -233,9 +232,9 @@ def test_the_first_kernel_that_computes_rightly_serves(flashinfer, triton, chose
     layers = {0: module(logit_cap=soft_cap), 1: module(logit_cap=soft_cap)}
     if chosen is None:
         with pytest.raises(UnsupportedError, match="not here.*triton .off by"):
-            attention.create(runner(), layers)
+            gpu_attention.create(runner(), layers)
     else:
-        kernel = attention.create(runner(), layers).kernel
+        kernel = gpu_attention.create(runner(), layers).kernel
         assert type(kernel) is chosen and kernel.soft_cap == soft_cap
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from kvshare_sched.tenants.quotas import DonorLimits
-from kvshare_sched.types import Namespace
-from radix_ext import segment_index
-from radix_ext.segment_index import OCCURRENCES, Donor, SegmentIndex, common_prefix
+from radix_ext import index as index_module
+from radix_ext.index import OCCURRENCES, SegmentIndex, common_prefix
+from radix_ext.limits import DonorLimits
+from radix_ext.records import Donor, Namespace
 
 HERE, THERE = Namespace("here"), Namespace("there")
 WINDOW, MIN_RUN = 4, 8
@@ -282,7 +282,7 @@ def test_growing_by_little_reads_none_of_the_places_before(index, monkeypatch):
     whole, seen = np.random.default_rng(0).permutation(100_000)[:8000], []
     donor = index.add(HERE, whole[:7900])
     sort = lambda places, key: seen.append(len(places)) or sorted(places, key=key)  # noqa: E731
-    monkeypatch.setattr(segment_index, "sorted", sort, raising=False)
+    monkeypatch.setattr(index_module, "sorted", sort, raising=False)
     index.add(HERE, whole, donor)
     assert seen and max(seen) < 100 and index.entries > 2000
 
@@ -400,8 +400,8 @@ def test_a_prompt_that_repeats_a_token_hits_no_more_often_than_its_ends():
 
 
 def test_colliding_hashes_keep_the_structure_sound(index, monkeypatch):
-    true_hashes = segment_index.window_hashes
-    monkeypatch.setattr(segment_index, "window_hashes", lambda t, w: true_hashes(t, w) % np.uint64(3))
+    true_hashes = index_module.window_hashes
+    monkeypatch.setattr(index_module, "window_hashes", lambda t, w: true_hashes(t, w) % np.uint64(3))
     donors = [index.add(HERE, text(i)) for i in (1, 2, 3)]
     index._check()
     for donor in (d for d in donors if d is not None):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_sched import server
+from kvshare_sched.client import launch
 
 CPU = {"--device": "cpu", "--dtype": "float32", "--attention-backend": "kvshare_cpu"}
 
 
 @pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
 def gpu(request, monkeypatch):
-    monkeypatch.setattr(server, "has_nvidia_gpu", lambda: request.param)
+    monkeypatch.setattr(launch, "has_nvidia_gpu", lambda: request.param)
     return request.param
 
 
@@ -25,16 +25,16 @@ def value(arguments, name):
 
 def test_user_arguments_come_first_and_unchanged(gpu):
     mine = ["--model-path", "m", "--tp=2", "--port", "1"]
-    assert server.fill_defaults(mine)[:5] == mine and mine == ["--model-path", "m", "--tp=2", "--port", "1"]
+    assert launch.fill_defaults(mine)[:5] == mine and mine == ["--model-path", "m", "--tp=2", "--port", "1"]
 
 
 def test_our_backend_and_metrics_everywhere(gpu):
-    filled = server.fill_defaults([])
+    filled = launch.fill_defaults([])
     assert value(filled, "--radix-cache-backend") == "kvshare" and "--enable-metrics" in filled
 
 
 def test_cpu_defaults_on_a_machine_without_gpu_only(gpu):
-    filled = server.fill_defaults([])
+    filled = launch.fill_defaults([])
     if gpu:
         assert not CPU.keys() & set(filled)
     else:
@@ -45,26 +45,26 @@ def test_cpu_defaults_on_a_machine_without_gpu_only(gpu):
 @pytest.mark.parametrize("name", ["--radix-cache-backend", *CPU])
 def test_what_the_user_says_wins(gpu, name, form):
     mine = [name, "mine"] if form == "two words" else [f"{name}=mine"]
-    filled = server.fill_defaults(mine)
+    filled = launch.fill_defaults(mine)
     assert sum(a.split("=")[0] == name for a in filled) == 1 and filled[: len(mine)] == mine
 
 
 def test_flag_is_not_given_twice(gpu):
-    assert server.fill_defaults(["--enable-metrics"]).count("--enable-metrics") == 1
+    assert launch.fill_defaults(["--enable-metrics"]).count("--enable-metrics") == 1
 
 
 def test_value_that_looks_like_our_option_is_no_option(gpu):
-    assert "--device" not in server.fill_defaults(["--model-path", "cpu"])[:2]
-    assert value(server.fill_defaults(["--model-path", "dtype"]), "--radix-cache-backend") == "kvshare"
+    assert "--device" not in launch.fill_defaults(["--model-path", "cpu"])[:2]
+    assert value(launch.fill_defaults(["--model-path", "dtype"]), "--radix-cache-backend") == "kvshare"
 
 
 def test_filling_twice_changes_nothing(gpu):
-    once = server.fill_defaults(["--model-path", "m"])
-    assert server.fill_defaults(once) == once
+    once = launch.fill_defaults(["--model-path", "m"])
+    assert launch.fill_defaults(once) == once
 
 
 def test_command_starts_stock_sglang():
-    assert server.command(["--x"]) == [sys.executable, "-m", "sglang.launch_server", "--x"]
+    assert launch.command(["--x"]) == [sys.executable, "-m", "sglang.launch_server", "--x"]
 
 
 FAMILY = """
@@ -79,14 +79,14 @@ def test_a_halted_server_stands_still_with_all_its_processes_and_can_be_ended():
     try:
         with process.stdout:
             family = {process.pid, int(process.stdout.readline())}
-        found = server.Launched("http://nowhere", process)
+        found = launch.Launched("http://nowhere", process)
         found.halt()
         _until(lambda: {state(pid) for pid in family} == {"T"})
         with found.awake():
             _until(lambda: "T" not in {state(pid) for pid in family})
         _until(lambda: {state(pid) for pid in family} == {"T"})
     finally:
-        server._stop(process)
+        launch._stop(process)
     assert process.poll() is not None and {state(pid) for pid in family} == {""}
 
 

@@ -13,13 +13,14 @@ from prometheus_client import CollectorRegistry
 from test_pipeline import COSTS, HERE, SETTINGS, text
 from test_sglang_adapter import Adder, request
 
-from kvshare_sched import sglang_adapter
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.pipeline import Pipeline
-from kvshare_sched.series import AUDIT_RESULTS
-from kvshare_sched.session import Session, attach, session_of, sessions_of
-from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
+from kvshare_sched.engine.sglang import admission
+from kvshare_sched.observe.metrics import ShareMetrics
+from kvshare_sched.observe.series import AUDIT_RESULTS
+from kvshare_sched.records.request import Outcome, Reason, RequestView
+from kvshare_sched.reuse.lifecycle import Pipeline
+from kvshare_sched.reuse.session import Session, attach, session_of, sessions_of
+from kvshare_sched.settings import KVShareConfig
+from radix_ext.records import Namespace
 
 ID = "same"
 
@@ -145,7 +146,7 @@ def test_sglangs_requests_carry_their_sessions():
     first, second = request(ID, 5), request(ID, 80)
     assert session_of(first) is None, "it was not admitted"
     for req in (first, second):
-        sglang_adapter.add_one_req(Adder.add_one_req, Adder(world.pipeline), req, False)
+        admission.add_one_req(Adder.add_one_req, Adder(world.pipeline), req, False)
     assert [session_of(req).prompt_len for req in (first, second)] == [5, 80]
 
 
@@ -166,7 +167,7 @@ def test_a_batch_knows_its_requests_in_its_order_also_as_a_copy():
         if session is not None:
             attach(req, session)
     made = SimpleNamespace(rids=[req.rid for req in requests])
-    batch = sglang_adapter.init_forward_batch(lambda *_: made, None, SimpleNamespace(reqs=requests))
+    batch = admission.init_forward_batch(lambda *_: made, None, SimpleNamespace(reqs=requests))
     assert batch.rids == [ID] * 3
     requests.reverse()  # SGLang goes on with its list
     assert sessions_of(batch) == sessions == sessions_of(copy.copy(batch))

@@ -11,13 +11,13 @@ from prometheus_client import CollectorRegistry
 from sglang.srt.observability import trace
 from test_pipeline import COSTS
 
-from kvshare_sched import sglang_adapter
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.metrics import ShareMetrics
-from kvshare_sched.pipeline import Pipeline
-from kvshare_sched.series import ORIGINS
-from kvshare_sched.session import session_of
-from kvshare_sched.types import Reason
+from kvshare_sched.engine.sglang import admission
+from kvshare_sched.observe.metrics import ShareMetrics
+from kvshare_sched.observe.series import ORIGINS
+from kvshare_sched.records.request import Reason
+from kvshare_sched.reuse.lifecycle import Pipeline
+from kvshare_sched.reuse.session import session_of
+from kvshare_sched.settings import KVShareConfig
 
 
 def request(rid: str = "r", prompt: int = 5, wish: object = None, **more) -> SimpleNamespace:
@@ -54,7 +54,7 @@ def world():
     pipeline = Pipeline(KVShareConfig(), FakeTree(), COSTS, ShareMetrics(registry=registry))
 
     def run(req) -> None:
-        sglang_adapter.add_one_req(Adder.add_one_req, Adder(pipeline), req, False)
+        admission.add_one_req(Adder.add_one_req, Adder(pipeline), req, False)
         pipeline.release(session_of(req))
 
     def counted() -> tuple[float, float]:
@@ -71,14 +71,14 @@ def world():
 def test_tokens_of_a_retracted_request_count_once_whatever_it_asks_for(world, wish):
     world.run(request(wish=wish))
     again = request(wish=wish, retracted_stain=True, output_ids=array("q", [7]))
-    assert sglang_adapter.view_of(again) is Reason.RETRACTED
+    assert admission.view_of(again) is Reason.RETRACTED
     world.run(again)
     assert world.counted() == (2, 5)
 
 
 def test_beam_search_takes_no_part():
-    assert not isinstance(sglang_adapter.view_of(request()), Reason), "the control"
-    assert sglang_adapter.view_of(request(beam_group=object())) is Reason.UNSUPPORTED_INPUT
+    assert not isinstance(admission.view_of(request()), Reason), "the control"
+    assert admission.view_of(request(beam_group=object())) is Reason.UNSUPPORTED_INPUT
 
 
 def test_health_checks_are_no_clients_and_a_borrowed_name_hides_nothing(world):

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.scheduling.order import KEYS
+from kvshare_sched.settings import KVShareConfig
 from kvshare_sched.simulator import profile as profiles
 from kvshare_sched.simulator import report, traffic
 from kvshare_sched.simulator.cache import Cache

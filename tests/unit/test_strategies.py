@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from kvshare_sched.config import KVShareConfig
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.strategies import get, names
-from kvshare_sched.strategies.base import Evidence
+from kvshare_sched.methods.base import Evidence
+from kvshare_sched.methods.registry import get, names
+from kvshare_sched.settings import KVShareConfig
 
-CHECKING = ("kvshare", "cacheblend")
+CHECKING = ("dhd", "cacheblend")
 UPFRONT = ("epic", "naive", "random", "full")
 LOOKING = ("consensus",)  # choose by what is known of the donors and a first pass of the fresh rows
 RUNS = torch.cat([torch.arange(10, 60), torch.arange(100, 130), torch.arange(130, 150) + 50])
@@ -36,7 +36,7 @@ def test_a_strategy_chooses_in_one_way_and_says_where_it_is_from(name):
     assert bool(strategy.checks(config(), 30)) == (name in CHECKING)
     assert (strategy.score is None) == (strategy.upfront is not None) == (name in UPFRONT)
     assert (strategy.first_pass is not None) == (name in LOOKING)
-    assert strategy.source and strategy.needs_alpha == (name == "kvshare")
+    assert strategy.source and strategy.needs_alpha == (name == "dhd")
 
 
 @pytest.mark.parametrize("name", CHECKING)
@@ -76,7 +76,7 @@ def test_gradual_filtering_near_the_whole_never_spends_more():
 
 
 def test_kvshare_scores_value_deviation_by_attention():
-    score = get("kvshare").score(evidence(3, alpha=torch.tensor([0.5, 0.0, 2.0]), v_absolute=torch.tensor([4.0, 9, 3])))
+    score = get("dhd").score(evidence(3, alpha=torch.tensor([0.5, 0.0, 2.0]), v_absolute=torch.tensor([4.0, 9, 3])))
     assert score.tolist() == [2.0, 0.0, 6.0]
 
 

@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from kvshare_sched.cli import main
 from kvshare_sched.tenants.identity import hash_of
+from kvshare_sched.tools.cli import main
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvshare_sched.tenants import hooks
-from kvshare_sched.tenants.edge import Edge, Middleware, caller_here
+from kvshare_sched.engine.sglang import http_identity
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import SERVER, Caller, hash_of, identify
+from kvshare_sched.tenants.middleware import Edge, Middleware, caller_here
 from kvshare_sched.tenants.namespaces import name_of, owner_of
 from kvshare_sched.tenants.policy import read, stamp_of
 from kvshare_sched.tenants.quotas import Flights, OverQuota
 from kvshare_sched.tenants.reload import TenantsFile
-from kvshare_sched.tenants.stamping import requests_in, stamp_request
+from kvshare_sched.tenants.stamp_request import requests_in, stamp_request
 
 FILE = f"""
 unknown = "anonymous"
@@ -136,10 +136,10 @@ def test_only_a_starting_servers_loopback_needs_no_key(desk):
 
 def test_a_server_on_one_address_starts_from_there(desk):
     desk._file.current = parse('unknown = "reject"', "f")
-    made = Edge(desk._file, lambda: "mark", starting=lambda: True, own=hooks._addresses("10.0.0.5"))
+    made = Edge(desk._file, lambda: "mark", starting=lambda: True, own=http_identity._addresses("10.0.0.5"))
     assert ask(made, "/generate", client="10.0.0.5") == (200, "(server)")
     assert ask(made, "/generate", client="10.0.0.6") == (401, None)
-    assert hooks._addresses(None) == set() and "127.0.0.1" in hooks._addresses("localhost")
+    assert http_identity._addresses(None) == set() and "127.0.0.1" in http_identity._addresses("localhost")
 
 
 def test_a_failure_of_ours_lets_nobody_in(desk, caplog):
@@ -331,7 +331,7 @@ def drive(desk, obj, headers=(KEY,), tokens=10, answers=2, fail=None, stop_after
         async def send(manager, tokenized):
             return None
 
-        await hooks.send_one(send, SimpleNamespace(context_len=200), sent)
+        await http_identity.send_one(send, SimpleNamespace(context_len=200), sent)
         came.append(dict(desk.flights.tokens))
         for n in range(answers):
             if fail is not None:
@@ -339,17 +339,17 @@ def drive(desk, obj, headers=(KEY,), tokens=10, answers=2, fail=None, stop_after
             yield n
 
     async def app(scope, receive, send):
-        async for answer in hooks.generate_request(original, None, obj):
+        async for answer in http_identity.generate_request(original, None, obj):
             came.append(answer)
             if stop_after is not None:
                 break
 
-    hooks._edge = desk
+    http_identity._edge = desk
     try:
         scope = {"type": "http", "path": "/generate", "headers": list(headers), "client": None}
         asyncio.run(Middleware(app, desk)(scope, None, None))
     finally:
-        hooks._edge = None
+        http_identity._edge = None
     return engine, came
 
 
@@ -375,18 +375,18 @@ def test_a_handler_that_takes_one_answer_and_no_more_gives_the_count_back(desk):
         yield "answer"
 
     async def once():
-        answers = hooks.generate_request(original, None, body(text="x"))
+        answers = http_identity.generate_request(original, None, body(text="x"))
         caller_here.set(identify([KEY], desk.tenants()))
         assert await anext(answers) == "answer" and not desk.flights.requests
-        answers = hooks.generate_request(original, None, body(text="x", stream=True))
+        answers = http_identity.generate_request(original, None, body(text="x", stream=True))
         assert await anext(answers) == "answer" and desk.flights.requests == {"acme": 1}
         await answers.aclose()
 
-    hooks._edge = desk
+    http_identity._edge = desk
     try:
         asyncio.run(once())
     finally:
-        hooks._edge = None
+        http_identity._edge = None
     assert not desk.flights.requests
 
 
@@ -407,11 +407,11 @@ def test_a_body_that_comes_late_has_the_rights_of_now(desk):
 
     async def once(caller):
         caller_here.set(caller)
-        return [answer async for answer in hooks.generate_request(original, None, body(text="x"))]
+        return [answer async for answer in http_identity.generate_request(original, None, body(text="x"))]
 
     before, stranger = identify([KEY], desk.tenants()), identify([], desk.tenants())
     desk._file.current = parse(FILE.replace('groups = ["handbook"]', ""), "f")
-    hooks._edge = desk
+    http_identity._edge = desk
     try:
         assert asyncio.run(once(before))[0].lenders == ()
         desk._file.current = parse(FILE.replace(hash_of("acme-key"), hash_of("another")), "f")
@@ -423,7 +423,7 @@ def test_a_body_that_comes_late_has_the_rights_of_now(desk):
                 asyncio.run(once(caller))
         assert asyncio.run(once(Caller(SERVER)))[0].tenant == "(server)", "the control: nothing to renew"
     finally:
-        hooks._edge = None
+        http_identity._edge = None
 
 
 def test_a_full_tenant_is_told_at_the_door(desk):
@@ -440,16 +440,16 @@ def test_without_a_caller_the_default_applies(desk):
         yield obj.extra_key
 
     async def collect():
-        return [answer async for answer in hooks.generate_request(original, None, body(text="x"))]
+        return [answer async for answer in http_identity.generate_request(original, None, body(text="x"))]
 
-    hooks._edge = desk
+    http_identity._edge = desk
     try:
         assert owner_of(asyncio.run(collect())[0]) == "anonymous"
         desk.tenants = lambda: parse('unknown = "reject"', "f")
         with pytest.raises(ValueError, match="API key"):
             asyncio.run(collect())
     finally:
-        hooks._edge = None
+        http_identity._edge = None
 
 
 def test_without_a_tenants_file_nothing_is_touched():
@@ -458,7 +458,7 @@ def test_without_a_tenants_file_nothing_is_touched():
 
     async def collect():
         obj = body(text="x", extra_key="mine", sampling_params={"a": 1})
-        return [answer async for answer in hooks.generate_request(original, None, obj)]
+        return [answer async for answer in http_identity.generate_request(original, None, obj)]
 
     assert asyncio.run(collect()) == [("mine", {"a": 1})]
 

@@ -16,9 +16,9 @@ from test_tenants_library import FILE, World
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.tenants import file
 from kvshare_sched.tenants.admin import Admin
-from kvshare_sched.tenants.edge import DOCUMENTS, PAGES, SERVED, Edge, Middleware, caller_here
 from kvshare_sched.tenants.file import Tenants, parse
 from kvshare_sched.tenants.identity import hash_of
+from kvshare_sched.tenants.middleware import DOCUMENTS, PAGES, SERVED, Edge, Middleware, caller_here
 from kvshare_sched.tenants.reload import TenantsFile
 
 VALUES = st.recursive(

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tenants_lending import COSTS, LIBRARY, MARK, TENANTS, World, prompt, space
 
-from kvshare_sched import client_report, recent, sglang_adapter
-from kvshare_sched.sglang_adapter import attach_report
-from kvshare_sched.tenants import hooks
-from kvshare_sched.tenants.desk import lenders_of
-from kvshare_sched.tenants.hold import DELAY, Hold, delay_s, shifted, without_traces
+from kvshare_sched.engine.sglang import http_identity, http_reports, reports
+from kvshare_sched.engine.sglang.reports import attach_report
+from kvshare_sched.observe import recent_requests
+from kvshare_sched.records.request import RequestView
+from kvshare_sched.tenants.delayed_answers import DELAY, Hold, delay_s, shifted, without_traces
 from kvshare_sched.tenants.policy import STAMP_KEY, Stamp, lenders
-from kvshare_sched.types import RequestView
+from kvshare_sched.tenants.scheduler_state import lenders_of
 
 LENDERS = tuple(lenders(TENANTS.tenants["acme"], TENANTS, MARK))
 HIDDEN, OPEN = Stamp("acme", LENDERS, hide_reuse=2.0), Stamp("acme", LENDERS)
@@ -58,26 +58,26 @@ def test_a_hidden_request_pays_and_is_timed_as_if_nothing_had_been_cached():
 
 
 def test_the_client_gets_no_report_and_nobody_a_page(monkeypatch):
-    monkeypatch.setattr(recent, "requests", recent.Recent())
+    monkeypatch.setattr(recent_requests, "requests", recent_requests.Recent())
     world = World()
     world.donate(LIBRARY, 1)
     for stamp, reported in ((HIDDEN, False), (OPEN, True)):
         meta, state = {"id": "r"}, SimpleNamespace()
         info = {"kvshare": [[admitted(world, stamp, prompt(1))[1]]]}
-        client_report.update_request_meta_info(lambda *a: None, None, meta, state, info, 0, None)
-        assert ("kvshare" in meta) == reported == bool(recent.requests.find("r"))
+        http_reports.update_request_meta_info(lambda *a: None, None, meta, state, info, 0, None)
+        assert ("kvshare" in meta) == reported == bool(recent_requests.requests.find("r"))
         assert (getattr(state, DELAY, 0.0) > 0) != reported
 
 
 def test_a_trace_that_the_client_may_have_begun_tells_nothing_of_a_hidden_request(monkeypatch):
     marked = []
-    monkeypatch.setattr(sglang_adapter.tracing, "mark", lambda req, report: marked.append(report.reused))
+    monkeypatch.setattr(reports.trace, "mark", lambda req, report: marked.append(report.reused))
     world = World(strategy="epic")
     world.donate(LIBRARY, 1)
     for stamp, expected in ((HIDDEN, []), (OPEN, [600])):
         session, _ = admitted(world, stamp, prompt(1))
         req = SimpleNamespace(customized_info={"kvshare": []}, sampling_params=SimpleNamespace(max_new_tokens=4))
-        sglang_adapter._tell(req, session, world.pipeline, session.report(COSTS))
+        reports._tell(req, session, world.pipeline, session.report(COSTS))
         assert marked == expected
 
 
@@ -220,14 +220,14 @@ def through(stamp, edge="in force") -> list[tuple[float, dict]]:
     async def collect():
         obj = SimpleNamespace(sampling_params={"custom_params": {STAMP_KEY: stamp.to_text()}})
         state = SimpleNamespace(**{DELAY: 4.0})
-        answers = hooks.stream_one(original, None, obj=obj, state=state, request=None)
+        answers = http_identity.stream_one(original, None, obj=obj, state=state, request=None)
         return [(asyncio.get_running_loop().time(), one["meta_info"]) async for one in answers]
 
-    hooks._edge = edge
+    http_identity._edge = edge
     try:
         return on_a_clock(collect())
     finally:
-        hooks._edge = None
+        http_identity._edge = None
 
 
 def test_only_hidden_answers_are_held_and_only_with_a_tenants_file():
@@ -242,8 +242,8 @@ def test_the_engine_tells_of_a_hidden_requests_first_token_at_once(stamp, monkey
     async def original(manager, tokenized):
         sent.append(tokenized.stream)
 
-    monkeypatch.setattr(hooks, "_edge", SimpleNamespace(flights=SimpleNamespace(grow=lambda *a: None)))
+    monkeypatch.setattr(http_identity, "_edge", SimpleNamespace(flights=SimpleNamespace(grow=lambda *a: None)))
     params = SimpleNamespace(custom_params={STAMP_KEY: stamp.to_text()}, max_new_tokens=1)
     tokenized = SimpleNamespace(stream=False, sampling_params=params, input_ids=[1])
-    asyncio.run(hooks.send_one(original, SimpleNamespace(context_len=10), tokenized))
+    asyncio.run(http_identity.send_one(original, SimpleNamespace(context_len=10), tokenized))
     assert sent == [stamp is HIDDEN]

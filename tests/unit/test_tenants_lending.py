@@ -11,22 +11,22 @@ from fakes import FakeTree, NamedPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_sched import explain
-from kvshare_sched.audit import tenant_of
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.planner import CostModel
-from kvshare_sched.tenants.desk import Desk, lenders_of
+from kvshare_sched.observe import explain
+from kvshare_sched.records.request import Outcome, Reason, RequestView
+from kvshare_sched.reuse.costs import CostModel
+from kvshare_sched.settings import KVShareConfig
+from kvshare_sched.tenants.borrow_log import BorrowLog
 from kvshare_sched.tenants.file import parse
-from kvshare_sched.tenants.log import BorrowLog
-from kvshare_sched.tenants.namespaces import DOCUMENTS, TENANT, name_of, within
+from kvshare_sched.tenants.namespaces import DOCUMENTS, TENANT, name_of, namespace, within
 from kvshare_sched.tenants.policy import Stamp, lenders, stamp_of
-from kvshare_sched.tenants.quotas import DonorLimits, to_hold
-from kvshare_sched.types import Namespace, Outcome, Reason, RequestView
+from kvshare_sched.tenants.scheduler_state import Desk, lenders_of
 from radix_ext.hashing import window_hashes
-from radix_ext.segment_index import Donor, SegmentIndex
+from radix_ext.index import SegmentIndex
+from radix_ext.limits import DonorLimits, to_hold
+from radix_ext.records import Donor, Namespace
 
 COSTS = CostModel(cell_s=1e-4, copy_s=1e-7, overhead_s=0.0, layers=4)
-SETTINGS = {"strategy": "kvshare", "window": 16, "min_run": 32, "min_suffix": 64, "forced_head": 8, "ratio": 0.1}
+SETTINGS = {"strategy": "dhd", "window": 16, "min_run": 32, "min_suffix": 64, "forced_head": 8, "ratio": 0.1}
 FILE = """
 unknown = "reject"
 [groups.handbook]
@@ -43,11 +43,11 @@ groups = ["team"]
 """
 TENANTS = parse(FILE, "f")
 MARK = "mark"
-LIBRARY = Namespace(name_of(MARK, DOCUMENTS, "handbook"))
+LIBRARY = namespace(name_of(MARK, DOCUMENTS, "handbook"))
 
 
 def space(name: str, salt: str | None = None) -> Namespace:
-    return Namespace(name_of(MARK, TENANT, name), within(None, salt))
+    return namespace(name_of(MARK, TENANT, name), within(None, salt))
 
 
 def text(seed: int, length: int = 600) -> np.ndarray:
@@ -214,7 +214,7 @@ def test_ones_own_text_beside_a_trusted_members_is_no_oracle(mode, asked):
     def told(member_has: bool):
         world = World(mode=mode)
         world.donate(space("initech"), 1)
-        world.donate(Namespace(name_of(MARK, DOCUMENTS, "team")), 3)
+        world.donate(namespace(name_of(MARK, DOCUMENTS, "team")), 3)
         if member_has:
             world.donate(space("globex"), 2)
             world.donate(space("globex"), 1, 2, lead=51)  # a better donor of the own text, too
@@ -305,7 +305,7 @@ def test_documents_of_the_server_count_as_nobodys_requests():
 
 
 def test_labels_name_tenants_as_the_file_does():
-    assert [tenant_of(one) for one in (space("acme"), space("acme", "salt"), LIBRARY, Namespace("x"))] == [
+    assert [one.owner for one in (space("acme"), space("acme", "salt"), LIBRARY, Namespace("x"))] == [
         *("acme", "acme", "documents:handbook", "x"),
     ]
 
@@ -465,11 +465,11 @@ def test_however_many_leave_at_once_each_donor_is_looked_at_a_few_times(monkeypa
     def looked(capacity: int, others: int) -> tuple[int, int]:
         index = SegmentIndex(window=16, min_run=32, capacity=capacity, limits={"acme": DonorLimits(most=3200)})
         for number in range(others):
-            index.add(Counted(space("globex").extra_key), np.arange(40) + 100 * number)
+            index.add(Counted(space("globex").extra_key, owner="globex"), np.arange(40) + 100 * number)
         for number in range(80):  # each in a namespace of its own, as salts make them
-            index.add(Counted(space("acme").extra_key, f"salt {number}"), np.arange(40) + 100 * number)
+            index.add(Counted(space("acme").extra_key, f"salt {number}", owner="acme"), np.arange(40) + 100 * number)
         looks.clear()
-        index.add(Counted(space("acme").extra_key), np.arange(3200))
+        index.add(Counted(space("acme").extra_key, owner="acme"), np.arange(3200))
         total, left = looks.total(), sum(index.left.values())
         index._check()
         assert left >= 80 and index.owned["acme"] == 3200
@@ -622,7 +622,7 @@ def test_forgetting_what_is_not_there_is_harmless(world):
 
 def test_a_stamp_counts_only_where_a_tenants_file_is_in_force():
     """Without one, clients write `custom_params` themselves."""
-    from kvshare_sched.sglang_adapter import stamp_of as stamp_in
+    from kvshare_sched.engine.sglang.requests import stamp_of as stamp_in
 
     stamp = stamp_of(TENANTS.tenants["acme"], TENANTS, MARK, 0)
     params = {"kvshare_tenant": stamp.to_text()}

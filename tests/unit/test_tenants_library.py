@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.tenants.admin import Admin
-from kvshare_sched.tenants.edge import Edge, own_request
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.librarian import Librarian
 from kvshare_sched.tenants.library import Document, Library, Rejected, checked
+from kvshare_sched.tenants.middleware import Edge, own_request
 from kvshare_sched.tenants.namespaces import owner_of
 from kvshare_sched.tenants.policy import read
 from kvshare_sched.tenants.reload import TenantsFile

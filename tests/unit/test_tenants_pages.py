@@ -8,13 +8,15 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 from test_pages import REPORT, details
 
-from kvshare_sched import pages, recent, watch
-from kvshare_sched.cli import main
-from kvshare_sched.tenants.edge import Edge, Middleware
+from kvshare_sched.engine.sglang import http_pages
+from kvshare_sched.observe import recent_requests
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import hash_of
+from kvshare_sched.tenants.middleware import Edge, Middleware
 from kvshare_sched.tenants.namespaces import name_of, within
 from kvshare_sched.tenants.reload import TenantsFile
+from kvshare_sched.tools import inspect
+from kvshare_sched.tools.cli import main
 
 FILE = f"""
 unknown = "anonymous"
@@ -45,14 +47,14 @@ def client(edge, monkeypatch):
     monkeypatch.setattr(
         "sglang.srt.runtime_context.get_serving", lambda: SimpleNamespace(api_key=None, admin_api_key=None)
     )
-    monkeypatch.setattr(recent, "requests", recent.Recent())
-    monkeypatch.setattr(pages, "_own_samples", dict)
-    recent.requests.remember("a1", REPORT, details(space("acme")))
-    recent.requests.remember("a2", REPORT, details(space("acme"), within(None, "pepper")))
-    recent.requests.remember("g1", REPORT, details(space("globex")))
-    recent.requests.remember("n1", REPORT, details(space("anonymous")))
+    monkeypatch.setattr(recent_requests, "requests", recent_requests.Recent())
+    monkeypatch.setattr(http_pages, "_own_samples", dict)
+    recent_requests.requests.remember("a1", REPORT, details(space("acme")))
+    recent_requests.requests.remember("a2", REPORT, details(space("acme"), within(None, "pepper")))
+    recent_requests.requests.remember("g1", REPORT, details(space("globex")))
+    recent_requests.requests.remember("n1", REPORT, details(space("anonymous")))
     admin = PlainTextResponse("documents")
-    return TestClient(Middleware(Starlette(routes=pages.routes()), edge, admin))
+    return TestClient(Middleware(Starlette(routes=http_pages.routes()), edge, admin))
 
 
 def test_operators_see_everything_and_reach_the_library_too(client):
@@ -74,7 +76,7 @@ def test_a_tenant_sees_its_own_whatever_salt_they_had(client, edge):
 
 
 def test_foreign_and_unknown_requests_answer_alike(client):
-    forged = {pages.EXTRA_KEY: space("acme"), pages.CACHE_SALT: ""}
+    forged = {http_pages.EXTRA_KEY: space("acme"), http_pages.CACHE_SALT: ""}
     refused = [
         client.get("/kvshare/requests/never", headers=ACME),
         client.get("/kvshare/requests/a1", headers=GLOBEX),
@@ -105,7 +107,7 @@ def test_a_page_names_the_tenant_and_not_its_namespace(client):
 
 def test_explain_takes_a_tenants_key_as_well_as_an_operators(client, monkeypatch, capsys):
     monkeypatch.setattr(
-        watch, "_get", lambda url, headers: client.get(url.removeprefix("http://here"), headers=headers)
+        inspect, "_get", lambda url, headers: client.get(url.removeprefix("http://here"), headers=headers)
     )
 
     def explain(rid: str, key: str) -> int:

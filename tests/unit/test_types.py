@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from kvshare_sched.errors import PlanError
-from kvshare_sched.types import Namespace, Outcome, Reason, RequestView, ReusePlan, Segment, ShareReport
+from kvshare_sched.records.plan import ReusePlan
+from kvshare_sched.records.report import ShareReport
+from kvshare_sched.records.request import Outcome, Reason, RequestView
+from radix_ext.records import Namespace, RecordError, Segment
 
 
 def view(length=10, exact_len=0, fresh_from=10):
@@ -43,7 +46,7 @@ def test_segment_arithmetic():
 
 @pytest.mark.parametrize("fields", [(0, 0, 0, 0), (0, 0, 0, -1), (0, -1, 0, 1), (0, 0, -1, 1)])
 def test_impossible_segment_is_refused(fields):
-    with pytest.raises(PlanError, match="length > 0"):
+    with pytest.raises(RecordError, match="length > 0"):
         Segment(*fields)
 
 
@@ -178,7 +181,7 @@ def test_clip_takes_other_donors_and_context_along():
     assert (part.start, part.length, part.donor_start, part.context) == (110, 30, 20, 17)
     assert part.others == (Segment(2, 10, 110, 10, context=10), Segment(3, 5, 130, 10, context=4))
     assert segment.clip(122, 128).others == ()
-    with pytest.raises(PlanError):
+    with pytest.raises(RecordError):
         Segment(1, 10, 100, 50, others=(Segment(2, 0, 99, 20),))
 
 

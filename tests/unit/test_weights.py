@@ -10,12 +10,12 @@ from fakes import FakeTree
 from test_pipeline import COSTS, HERE, text
 from test_session import World, borrowing
 
-from kvshare_sched import sglang_adapter
-from kvshare_sched.config import KVShareConfig
-from kvshare_sched.pipeline import Pipeline
+from kvshare_sched.engine.sglang import admission
+from kvshare_sched.records.request import Outcome, Reason
+from kvshare_sched.reuse.lifecycle import Pipeline
+from kvshare_sched.settings import KVShareConfig
 from kvshare_sched.tenants.namespaces import owner_of
 from kvshare_sched.tenants.policy import Stamp
-from kvshare_sched.types import Outcome, Reason
 
 
 @pytest.fixture
@@ -134,10 +134,10 @@ def test_everything_is_forgotten_before_sglang_replaces_the_weights(world):
         seen.append((len(world.pipeline.index), recv_req))
         return "answer"
 
-    assert sglang_adapter.change_weights(original, manager, "request") == "answer"
+    assert admission.change_weights(original, manager, "request") == "answer"
     assert seen == [(0, "request")] and world.pipeline.weights == 1
 
 
 def test_an_engine_without_reuse_replaces_its_weights_as_ever():
     manager = SimpleNamespace(scheduler=SimpleNamespace(tree_cache=object()))
-    assert sglang_adapter.change_weights(lambda *given: given, manager, "request") == (manager, "request")
+    assert admission.change_weights(lambda *given: given, manager, "request") == (manager, "request")

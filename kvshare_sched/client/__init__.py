@@ -1,0 +1,1 @@
+"""A running server from outside: HTTP, launch, the embedded model, the machine."""

@@ -1,0 +1,1 @@
+"""Inference engines that reuse is built into."""

@@ -1,0 +1,1 @@
+"""What people and Prometheus are shown: series, metrics, explanations, pages as text."""

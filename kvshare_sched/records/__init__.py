@@ -1,0 +1,1 @@
+"""Frozen records that flow through the system: RequestView -> ReusePlan -> ShareReport. Each checks itself."""

@@ -1,0 +1,1 @@
+"""One request, decided: lookup, plan, admission, publishing, report. No torch, no engine."""

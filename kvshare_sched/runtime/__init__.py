@@ -1,0 +1,1 @@
+"""One batch, computed: spans of layers over selected rows."""

@@ -1,0 +1,1 @@
+"""Where donors are kept."""

@@ -10,7 +10,7 @@ import families
 import pytest
 import torch
 
-from kvshare_sched.engine.sglang import support
+from kvshare_sched.engine.sglang import rotary, support
 from kvshare_sched.errors import UnsupportedError
 from kvshare_sched.methods import blending
 from kvshare_sched.tools import doctor
@@ -131,7 +131,7 @@ def let_in(model, *, attention: bool = True, rotary: bool = True):
     if attention:
         patches.append(mock.patch.object(support, "_attention_refusals", lambda model: []))
     if rotary:
-        patches.append(mock.patch.object(support, "_rotary", any_rotary))
+        patches.append(mock.patch.object(rotary, "_rotary", any_rotary))
     stack = contextlib.ExitStack()
     for patch in patches:
         stack.enter_context(patch)

@@ -22,6 +22,15 @@ class Chunk:
     reused: np.ndarray  # bool [end - start]
     forced: np.ndarray  # bool [end - start], reused rows that are recomputed in any case
 
+    @classmethod
+    def of(cls, session: Session, row: int, start: int, end: int) -> Chunk:
+        """The rows of a planned request from prompt position `start` to `end`."""
+        reused = session.plan.reused_mask(start, end)
+        forced = np.zeros(end - start, bool)
+        forced[session.plan.forced_positions(start, end) - start] = True
+        forced[-1] = reused[-1]  # the row that gives this chunk's logits always runs
+        return cls(session, row, start, end, reused, forced)
+
     @property
     def asking(self) -> np.ndarray:
         """Batch rows without a donor up to the end of the question, int64 ascending.

@@ -158,24 +158,27 @@ def kept_rows(per_request) -> np.ndarray:
 def measure(runner) -> dict[str, float]:
     """Largest differences of logits to SGLang's own forward pass."""
     from kvshare_sched.engine.sglang import lora
+    from kvshare_sched.engine.sglang.batches import Batch, SGLangEngine
     from kvshare_sched.engine.sglang.rotary import rotary_table
     from kvshare_sched.runtime.executor import Executor
     from kvshare_sched.settings import KVShareConfig
 
     pipeline = SimpleNamespace(config=KVShareConfig(), weights=0, abandon=lambda session: None)
     pipeline.chunk_done = lambda session, end: None
-    executor = Executor(pipeline, runner, *rotary_table(runner.model))
+    engine = SGLangEngine(runner)
+    executor = Executor(pipeline, engine, *rotary_table(runner.model))
     some, fewer = kept_rows(KEPT), kept_rows([rows[-2:] for rows in KEPT])
 
     def selected(input_ids, positions, batch, **_):  # all layers over the rows kept, then fewer
-        view, rows = executor._enter(input_ids, positions, batch, some)
-        executor._span(view, 0, 1)
-        view, rows = executor._narrow(view, rows, fewer, batch, input_ids, positions, 1)
-        return executor._finish(view, rows, 1, batch, input_ids, positions)
+        whole = Batch(input_ids, positions, batch)
+        view = engine.select(whole, np.flatnonzero(some))
+        engine.run(view, 0, 1)
+        view = engine.narrow(whole, view, np.flatnonzero(fewer), 1)
+        return engine.finish(whole, view, 1)
 
     def asking(input_ids, positions, batch, **_):  # rows of two requests alone, then all of SGLang's
-        view = executor._select(batch, input_ids, positions, np.flatnonzero(some)[4:9])
-        executor._span(view, 0, 1)
+        view = engine.select(Batch(input_ids, positions, batch), np.flatnonzero(some)[4:9])
+        engine.run(view, 0, 1)
         raise RuntimeError("meant to be")
 
     plain, world = World(runner, adapters=False).forward(), World(runner, adapters=True)
@@ -186,11 +189,15 @@ def measure(runner) -> dict[str, float]:
 
     found = {"base": off(plain), "selected": off(world.forward(selected))}
     executor._chunks = lambda batch: [mock.MagicMock(start=0, end=0, reused=np.ones(1, bool))]
-    executor._run = lambda input_ids, positions, batch, chunks: asking(input_ids, positions, batch)
-    found["failed"] = off(world.forward(executor.forward))
+    executor._run = lambda batch, chunks: asking(batch.input_ids, batch.positions, batch.forward)
+
+    def failing(input_ids, positions, batch, **_):
+        return executor.forward(Batch(input_ids, positions, batch))
+
+    found["failed"] = off(world.forward(failing))
     # Without us the tests above must fail.
     with mock.patch.object(lora, "restore", lambda *_: None):
-        found["unrestored"] = off(world.forward(executor.forward))
+        found["unrestored"] = off(world.forward(failing))
     with mock.patch.object(lora, "route", lambda *_: None):
         found["unrouted"] = off(world.forward(selected))
 
@@ -201,9 +208,8 @@ def measure(runner) -> dict[str, float]:
 
     def repaired(input_ids, positions, batch, **_):
         tokens = np.concatenate([np.array(world.batch.reqs[r].origin_input_ids)[p] for r, p in chosen.items()])
-        view, rows = executor.repair._with_rows(input_ids, positions, batch, chosen, tokens)
-        with executor.repair._original_logits(input_ids, batch, rows):
-            return executor._ordinary(view.input_ids, view.positions, view)
+        whole = Batch(input_ids, positions, batch)
+        return engine.decode(whole, engine.extend(whole, chosen, tokens))
 
     return found | {"repaired": off(world.forward(repaired))}
 

@@ -10,9 +10,10 @@ import families
 import pytest
 import torch
 
-from kvshare_sched.engine.sglang import rotary, support
+from kvshare_sched.engine.sglang import rotary as rotary_module
+from kvshare_sched.engine.sglang import support
 from kvshare_sched.errors import UnsupportedError
-from kvshare_sched.methods import blending
+from kvshare_sched.runtime import assembly
 from kvshare_sched.tools import doctor
 
 # Rounding of float32; 4e-6 was the most that was seen. What is wrong by a few tokens is off by more than 1e-2.
@@ -110,15 +111,15 @@ def test_the_list_is_what_was_tested():
 
 @pytest.mark.parametrize(("dtype", "accepted"), [("float32", EXACT), *ROUNDED.items()])
 def test_keys_turned_by_three_tokens_too_many_would_be_seen(dtype, accepted, tmp_path):
-    original = blending.copy_rotate
+    original = assembly.copy_rotate
 
     def off(keys, values, runs, *args, **options):
         return original(keys, values, [(source, target, shift + 3) for source, target, shift in runs], *args, **options)
 
-    rows = blending.rotation_rows
+    rows = assembly.rotation_rows
     with (
-        mock.patch.object(blending, "copy_rotate", off),
-        mock.patch.object(blending, "rotation_rows", lambda table, shift: rows(table, shift + 3)),
+        mock.patch.object(assembly, "copy_rotate", off),
+        mock.patch.object(assembly, "rotation_rows", lambda table, shift: rows(table, shift + 3)),
     ):
         found = compared(LLAMA, tmp_path, strategies={"naive": range(4)}, arguments=("--dtype", dtype))
     assert min(one.difference for one in found) > accepted
@@ -131,7 +132,7 @@ def let_in(model, *, attention: bool = True, rotary: bool = True):
     if attention:
         patches.append(mock.patch.object(support, "_attention_refusals", lambda model: []))
     if rotary:
-        patches.append(mock.patch.object(rotary, "_rotary", any_rotary))
+        patches.append(mock.patch.object(rotary_module, "_rotary", any_rotary))
     stack = contextlib.ExitStack()
     for patch in patches:
         stack.enter_context(patch)

@@ -347,8 +347,8 @@ def test_an_answer_of_no_token_carries_its_report(deep, loop, stream, tokens):
 @loops
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_a_batch_that_fails_is_computed_in_pieces_that_sglang_has_kept_memory_for(deep, loop, logprobs, monkeypatch):
-    from kvshare_sched.methods.blending import Assembly
-    from kvshare_sched.runtime.executor import Executor
+    from kvshare_sched.engine.sglang.batches import SGLangEngine
+    from kvshare_sched.runtime.assembly import Assembly
 
     chunk, document = 64, text(1, 300)
     with watched(deep, loop=loop, chunk=chunk, settings={"audit_share": 0}) as engine:
@@ -361,12 +361,12 @@ def test_a_batch_that_fails_is_computed_in_pieces_that_sglang_has_kept_memory_fo
         def broken(*_):
             raise RuntimeError("out of memory")
 
-        ran, ordinary = [], Executor._span
+        ran, ordinary = [], SGLangEngine.run
         monkeypatch.setattr(Assembly, "copy", broken)
         monkeypatch.setattr(
-            Executor,
-            "_span",
-            lambda self, view, *layers: ran.append(len(view.input_ids)) or ordinary(self, view, *layers),
+            SGLangEngine,
+            "run",
+            lambda self, view, *layers: ran.append(len(view.forward.input_ids)) or ordinary(self, view, *layers),
         )
         engine.checker.injected = 1
         failed = engine.send(text(3, 20) + document + text(4, 5))
@@ -384,16 +384,16 @@ def test_repair_rows_leave_a_gpus_tables_their_size(deep):
     with watched(deep, settings={"audit_share": 0}) as engine:
         engine.send(text(2, 5) + document)
         engine.run()
-        executor = engine.bench.runner.model.forward.__self__
-        executor.repair.rows, sizes = 16, []
-        make = executor.repair._with_rows
+        batches = engine.bench.runner.model.forward.__self__
+        batches.decode_rows, sizes = 16, []
+        make = batches.extend
 
         def seen(*args):
-            view, rows = make(*args)
-            sizes.append(view.batch_size)
-            return view, rows
+            view = make(*args)
+            sizes.append(view.forward.batch_size)
+            return view
 
-        executor.repair._with_rows = seen
+        batches.extend = seen
         custom = {"kvshare": {"repair_rows": 40}}
         for seed in (3, 4):
             engine.send(text(seed, 60) + document + text(seed, 20), custom=custom, tokens=40)

@@ -9,6 +9,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.runtime_context import get_parallel
 
 from kvshare_kernels.reference import position_masked_attention
+from kvshare_sched.engine.sglang.batches import Batch, SGLangEngine
 from kvshare_sched.engine.sglang.cpu.attention import PortableCpuAttention
 from kvshare_sched.reuse.repair_queue import RepairQueue
 from kvshare_sched.reuse.session import Rids, attach
@@ -71,12 +72,16 @@ def decode_batch(runner):
 
 
 def with_rows(runner, batch, chosen):
-    pipeline = SimpleNamespace(config=KVShareConfig())
-    witness = SimpleNamespace(req_to_token=runner.req_to_token_pool.req_to_token)
     tokens = np.concatenate([1000 * row + p for row, p in chosen.items()])
-    return DecodeRepair(pipeline, runner, witness, None)._with_rows(
-        batch.input_ids, batch.positions, batch, chosen, tokens
-    )
+    view = engine_of(runner).extend(Batch(batch.input_ids, batch.positions, batch), chosen, tokens)
+    return view.forward, view.rows
+
+
+def engine_of(runner):
+    """SGLang's engine without a model that runs."""
+    engine = object.__new__(SGLangEngine)
+    engine.runner, engine.model, engine.layers, engine.decode_rows = runner, runner.model, 4, 1 << 30
+    return engine
 
 
 CHOSEN = {0: np.array([5, 6, 20]), 2: np.array([11])}
@@ -153,17 +158,17 @@ def session(**changes):
 
 def test_only_decode_batches_with_something_to_repair_take_rows(runner):
     batch, busy = decode_batch(runner), session()
-    repair = DecodeRepair(SimpleNamespace(config=KVShareConfig()), runner, None, None)
-    assert repair.waiting(batch) == {}, "a batch that no scheduler has made"
+    repair = DecodeRepair(SimpleNamespace(config=KVShareConfig()), engine_of(runner), None)
+    given = Batch(batch.input_ids, batch.positions, batch)
+    assert repair.waiting(given) == {}, "a batch that no scheduler has made"
     batch.rids = rids(None, busy, SimpleNamespace(to_repair=False))
-    assert repair.waiting(batch) == {1: busy}
+    assert repair.waiting(given) == {1: busy}
     batch.forward_mode = SimpleNamespace(is_decode=lambda: False)
-    assert repair.waiting(batch) == {}
+    assert repair.waiting(given) == {}
 
 
 def test_a_failure_ends_repair_and_leaves_plain_decode(runner):
     batch, busy, calls = decode_batch(runner), session(), []
-    witness = SimpleNamespace(req_to_token=runner.req_to_token_pool.req_to_token)
     runner.model.logits_processor = torch.nn.Identity()
 
     def ordinary(input_ids, positions, given):
@@ -172,9 +177,10 @@ def test_a_failure_ends_repair_and_leaves_plain_decode(runner):
             raise RuntimeError("no such luck")
         return "plain"
 
-    pipeline = SimpleNamespace(config=KVShareConfig())
-    repair = DecodeRepair(pipeline, runner, witness, ordinary)
-    assert repair.forward({1: busy}, batch.input_ids, batch.positions, batch) == "plain"
+    engine = engine_of(runner)
+    engine._forward = ordinary
+    repair = DecodeRepair(SimpleNamespace(config=KVShareConfig()), engine, None)
+    assert repair.forward({1: busy}, Batch(batch.input_ids, batch.positions, batch)) == "plain"
     assert len(calls) == 2 and calls[0].batch_size == 5
     assert busy.repair is None
     assert not runner.model.logits_processor._forward_pre_hooks

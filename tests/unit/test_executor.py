@@ -7,8 +7,9 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
+from kvshare_sched.engine.sglang.batches import even_at, read_rows
 from kvshare_sched.methods.registry import get
-from kvshare_sched.runtime.executor import Executor, even_at
+from kvshare_sched.runtime.executor import Executor
 
 
 def test_attention_costs_what_the_products_cost_at_that_position():
@@ -34,7 +35,7 @@ def test_the_last_layer_goes_on_with_the_rows_that_are_read(scored_from, capture
         extend_logprob_start_lens_cpu=scored_from,
         capture_hidden_mode=capture,
     )
-    assert Executor._read_rows(batch, np.array([0, 3, 4, 7])).tolist() == read
+    assert read_rows(batch, np.array([0, 3, 4, 7])).tolist() == read
 
 
 def test_requests_of_a_batch_choose_for_themselves_and_the_host_waits_once(monkeypatch):
@@ -51,6 +52,8 @@ def test_requests_of_a_batch_choose_for_themselves_and_the_host_waits_once(monke
     spread = {0: torch.tensor([9.0, 1.0, 3.0, 2.0, 9.0]), 5: torch.ones(5)}
     looked = {5: torch.tensor([9.0, 9.0, 0.5, 0.1, 9.0, 0.7, 9.0])}  # by position: rows 5 to 9 stand at 2 to 6
     keep = np.ones(10, bool)
-    executor = types.SimpleNamespace(even_at=1e9, witness=types.SimpleNamespace(over_ranks=lambda sums: sums))
-    Executor._choose_by_consensus(executor, chunks, keep, looked, spread)
+    executor = types.SimpleNamespace(
+        engine=types.SimpleNamespace(even_at=1e9), probes=types.SimpleNamespace(over_ranks=lambda sums: sums)
+    )
+    Executor._choose_by_score(executor, chunks, keep, looked, spread)
     assert np.flatnonzero(keep).tolist() == [0, 2, 4, 5, 7, 8, 9] and fetched == [3]

@@ -10,8 +10,8 @@ from sglang.srt.model_executor import forward_context
 
 from kvshare_kernels import reference, scattered
 from kvshare_sched.engine.sglang import gpu_attention, support
+from kvshare_sched.engine.sglang.batches import Batch, SGLangEngine
 from kvshare_sched.errors import UnsupportedError
-from kvshare_sched.runtime.executor import Executor
 
 HEADS, GROUPS, DIM, SLOTS = 4, 2, 16, 120
 
@@ -111,9 +111,9 @@ def test_the_executor_submits_chosen_rows_of_two_requests(rows):
     n = len(places)
     ids, positions = torch.arange(n), torch.tensor([p for _, p in places])
     whole.seq_lens, whole.extend_seq_lens, whole.extend_prefix_lens = (torch.zeros(2, dtype=torch.int32),) * 3
-    executor = SimpleNamespace(row_attention=rows, model_runner=rows.model_runner)
+    engine = SimpleNamespace(row_attention=rows, runner=rows.model_runner)
     chosen = np.array([0, 1, 5, 6, 7, 19, 20, 24, 31])
-    view = Executor._select(executor, whole, ids, positions, chosen)
+    view = SGLangEngine.select(engine, Batch(ids, positions, whole), chosen).forward
     assert view.input_ids.tolist() == chosen.tolist() and view.batch_size == 6
     kernel = rows.kernel.rows
     assert kernel.positions.tolist() == [places[i][1] for i in chosen]

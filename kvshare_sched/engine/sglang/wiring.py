@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from kvshare_sched.engine.sglang import audit_hooks, queue_hooks
 from kvshare_sched.engine.sglang.admission import scheduler_hooks
+from kvshare_sched.engine.sglang.batches import SGLangEngine
 from kvshare_sched.engine.sglang.measure_costs import measure_costs
 from kvshare_sched.engine.sglang.rotary import rotary_table
 from kvshare_sched.engine.sglang.support import refuse
@@ -51,7 +52,8 @@ def wire(cache, ctx):
     desk = Desk(BorrowLog(config.borrow_log) if records else None)
     pipeline = Pipeline(config, DonorTree(cache), costs, metrics, desk=desk)
     chunk = resolved_view(ctx.server_args).chunked_prefill_size or 0
-    Executor(pipeline, runner, cos_sin, neox, chunk).install()
+    engine = SGLangEngine(runner, chunk)
+    engine.install(Executor(pipeline, engine, cos_sin, neox).forward)
     if config.audit_share > 0 and config.mode == "on":
         pipeline.auditor.agree = functools.partial(group.broadcast_object, src=0)
         audit_hooks.watch(pipeline.auditor, runner.model)

@@ -20,7 +20,7 @@ from kvshare_kernels import Donors, blend, copy_rotate, fit, in_use, key_spread,
 from kvshare_sched.reuse.lifecycle import Pipeline
 from kvshare_sched.reuse.session import Session
 from kvshare_sched.runtime.chunk import Chunk
-from kvshare_sched.runtime.probes import Witness, by_head
+from kvshare_sched.runtime.port import Engine, View
 from radix_ext.records import Segment
 
 # Spread a compared layer, taken for the start of a text with one donor in a foreign context: some twice the usual one
@@ -46,13 +46,13 @@ class Blend:
 class Assembly:
     """Copies for one rank's KV pool. cos_sin: the model's rotary table, float32 [positions, R]."""
 
-    def __init__(self, pipeline: Pipeline, witness: Witness, depth: int, cos_sin: torch.Tensor, neox: bool):
-        self.pipeline, self.witness = pipeline, witness
-        self.keys = [witness.pool.get_key_buffer(i) for i in range(depth)]
-        self.values = [witness.pool.get_value_buffer(i) for i in range(depth)]
+    def __init__(self, pipeline: Pipeline, engine: Engine, cos_sin: torch.Tensor, neox: bool):
+        self.pipeline, self.engine = pipeline, engine
+        self.keys = [engine.pool.get_key_buffer(i) for i in range(engine.layers)]
+        self.values = [engine.pool.get_value_buffer(i) for i in range(engine.layers)]
         self.cos_sin, self.neox = cos_sin, neox
 
-    def copy(self, batch, chunks: list[Chunk]) -> tuple[dict[int, torch.Tensor], list[Blend]]:
+    def copy(self, whole: View, chunks: list[Chunk]) -> tuple[dict[int, torch.Tensor], list[Blend]]:
         """Donor KV of texts with one donor into the chunks' own slots; layers below a first check are never read.
 
         Returns how far each chunk's donors are apart, float32 [rows of the chunk], by the chunk's first row, and the
@@ -67,16 +67,16 @@ class Assembly:
             parts = self.pipeline.copies(session, chunk.start, chunk.end)
             if parts and session.approximate_from is None:
                 session.approximate_from = session.plan.approximate_from
-            found = spread[chunk.row] = torch.zeros(len(chunk.reused), device=batch.out_cache_loc.device)
+            found = spread[chunk.row] = torch.zeros(len(chunk.reused), device=whole.slots.device)
             for segment, lease in parts:
                 low = segment.start - chunk.start
                 found[low : low + segment.length] = self._lone_spread(session, segment)
                 if not segment.others:
-                    target = batch.out_cache_loc[chunk.row + low : chunk.row + low + segment.length].long()
+                    target = whole.slots[chunk.row + low : chunk.row + low + segment.length].long()
                     in_use(lease.slots)
                     runs.append((lease.slots[segment.donor_start : segment.donor_end], target, segment.shift))
             if shared := [segment for segment, _ in parts if segment.others]:
-                blends.append(job := self._blend(batch, chunk, shared))
+                blends.append(job := self._blend(whole, chunk, shared))
                 several = ((job.donors.weights > 0).sum(dim=0) > 1) & ~job.lone
                 at = on_device(job.rows - chunk.row, found)
                 found[at] = torch.where(several, job.spread, found[at])
@@ -84,8 +84,8 @@ class Assembly:
             copy_rotate(self.keys[first:], self.values[first:], runs, self.cos_sin, neox=self.neox)
         return spread, blends
 
-    def _blend(self, batch, chunk: Chunk, segments: list[Segment]) -> Blend:
-        device = batch.out_cache_loc.device
+    def _blend(self, whole: View, chunk: Chunk, segments: list[Segment]) -> Blend:
+        device = whole.slots.device
         width = max(len(s.places) for s in segments)
         total = sum(s.length for s in segments)
         weights, shifts = np.zeros((width, total), np.float32), np.zeros((width, total), np.int64)
@@ -112,7 +112,7 @@ class Assembly:
             on_device(np.concatenate(part), slots),
             len(segments),
         )
-        target = batch.out_cache_loc[on_device(rows, slots)].long()
+        target = whole.slots[on_device(rows, slots)].long()
         compared = [self.keys[layer] for layer in chunk.session.strategy.compared(len(self.keys))]
         spread = key_spread(compared, donors, neox=self.neox)
         return Blend(chunk, rows, target, donors, spread, on_device(np.concatenate(lone), slots))
@@ -144,12 +144,9 @@ class Assembly:
             )
             work.append((job, local, job.donors.take(new), job.donors.take(old), job.target[old]))
 
-        def write(module, args):
+        def write(layer, q, k, v):
             # Just before the layer attends: k and v of the rows that run are there, the pool does not hold them yet.
             started = time.perf_counter()
-            _, k, v, *_ = args
-            layer = module.layer_id
-            k, v = by_head(module, k, v)
             for _, local, known, unknown, target in work:
                 for buffer, fresh, neox in ((self.keys[layer], k, self.neox), (self.values[layer], v, None)):
                     trust = fit(buffer, known, fresh[local], neox=neox)
@@ -159,12 +156,8 @@ class Assembly:
                 session.copy_s += spent
                 session.recompute_s -= spent  # inside the time of the layers
 
-        hooks = [module.register_forward_pre_hook(write) for module in self.witness.attention.values()]
-        try:
+        with self.engine.watching(range(self.engine.layers), before=write):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _lone_spread(self, session: Session, segment: Segment) -> torch.Tensor:
         """What is taken for the spread of a text with one donor, float32 [length]."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import logging
 import os
 import threading
 from array import array
@@ -19,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import zmq
 
 _LAYER_PRICES = {"cell_s": 1e-3, "copy_s": 1e-5, "overhead_s": 1e-3}
 
@@ -211,7 +213,10 @@ def running(
     settings: Mapping[str, object] | None = None,
     arguments: Sequence[str] = (),
 ) -> Iterator[Bench]:
-    """A started engine on the model in a folder. settings: KVSHARE_* without the prefix, in lower case."""
+    """A started engine on the model in a folder. settings: KVSHARE_* without the prefix, in lower case.
+
+    However it ends, and if it never starts: sockets, process groups and logging are as they were.
+    """
     from sglang.srt.arg_groups.lora_hook import check_lora_server_args
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.plugins import load_plugins
@@ -242,10 +247,14 @@ def running(
     def prices(runner, cos_sin, neox) -> CostModel:
         return CostModel(**_LAYER_PRICES, layers=len(runner.model.model.layers), pass_rows=1.0)
 
-    with mock.patch.dict(os.environ, environment), mock.patch.object(wiring, "measure_costs", prices):
+    with (
+        _logging_kept(),
+        _sockets() as sockets,
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(wiring, "measure_costs", prices),
+    ):
         server_args = prepare_server_args(words)
         check_lora_server_args(server_args)
-        scheduler = None
         try:
             publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
             scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
@@ -261,19 +270,44 @@ def running(
                 gc.unfreeze()
                 bench._stop()
         finally:
-            _end(scheduler)
+            _end(sockets)
             reset_context()
 
 
-def _end(scheduler) -> None:
+@contextlib.contextmanager
+def _sockets() -> Iterator[list[zmq.Socket]]:
+    """Every socket opened meanwhile: an engine that refuses to start has some, and nobody else knows them."""
+    opened, ordinary = [], zmq.Context.socket
+
+    def noted(context, *args, **kwargs):
+        opened.append(ordinary(context, *args, **kwargs))
+        return opened[-1]
+
+    with mock.patch.object(zmq.Context, "socket", noted):
+        yield opened
+
+
+@contextlib.contextmanager
+def _logging_kept() -> Iterator[None]:
+    """SGLang sets up logging for a process of its own; here it is the process of all tests."""
+    root = logging.root
+    loggers = [logger for logger in root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    levels = [(logger, logger.level) for logger in (root, *loggers)]
+    handlers, disabled = list(root.handlers), root.manager.disable
+    try:
+        yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)
+        root.handlers[:] = handlers
+        logging.disable(disabled)
+
+
+def _end(sockets: Sequence[zmq.Socket]) -> None:
     """Give back what the next engine in this process needs: process groups and sockets."""
     from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
-    if scheduler is not None:  # else it refused to start
-        channels = scheduler.ipc_channels
-        sockets = (channels.recv_from_tokenizer, channels.recv_from_rpc)
-        for socket in (*sockets, channels.send_to_tokenizer.socket, channels.send_to_detokenizer.socket):
-            if socket is not None:
-                socket.close(linger=0)
+    for socket in sockets:
+        socket.close(linger=0)  # an open one holds up whoever collects its context, for ever
     destroy_model_parallel()
     destroy_distributed_environment()

@@ -26,7 +26,11 @@ def flat(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def quiet():
     """SGLang logs every pass; failures carry what matters."""
-    logging.getLogger("sglang").setLevel(logging.WARNING)
+    logger = logging.getLogger("sglang")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import bench
 import torch
-import zmq
 
 LAYERS, VOCABULARY, POSITIONS = 4, 512, 8192
 REUSED = 96  # tokens of the text that is sent again
@@ -117,39 +115,11 @@ NANBEIGE = Model("nanbeige", "NanbeigeForCausalLM", "nanbeige")
 
 @contextlib.contextmanager
 def running(model: Model, folder: Path, *, arguments: Sequence[str] = (), **options) -> Iterator[bench.Bench]:
-    """A started engine on the model, with seeded weights. options: as `bench.running` takes them.
-
-    An engine that refuses to start leaves nothing behind for the next.
-    """
-    started, opened, socket = False, [], zmq.Context.socket
-
-    def noted(context, *args, **kwargs):
-        opened.append(socket(context, *args, **kwargs))
-        return opened[-1]
-
-    try:
-        words = ["--load-format", "dummy", *arguments]
-        with (
-            mock.patch.object(zmq.Context, "socket", noted),
-            bench.running(model.write(folder), arguments=words, **options) as engine,
-        ):
-            started = True
-            fill(engine.runner.model)
-            yield engine
-    finally:
-        if not started:
-            _clear(opened)
-
-
-def _clear(sockets: Sequence[zmq.Socket]) -> None:
-    from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-    from sglang.srt.runtime_context import reset_context
-
-    for socket in sockets:
-        socket.close(linger=0)  # an open one would hold up whoever collects its context
-    destroy_model_parallel()
-    destroy_distributed_environment()
-    reset_context()
+    """A started engine on the model, with seeded weights. options: as `bench.running` takes them."""
+    words = ["--load-format", "dummy", *arguments]
+    with bench.running(model.write(folder), arguments=words, **options) as engine:
+        fill(engine.runner.model)
+        yield engine
 
 
 def fill(model: torch.nn.Module, seed: int = 0) -> None:

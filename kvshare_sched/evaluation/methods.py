@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvshare_sched.errors import ConfigError
-from kvshare_sched.methods.registry import get as get_strategy
+from kvshare_sched.methods.registry import get as get_method
 from kvshare_sched.settings import KVShareConfig
 
 # Name -> settings of the request. A further method is a line here; `default` is what the server does unasked.
@@ -39,17 +39,7 @@ class Method:
 
 def cell_share(strategy: str, ratio: float, layers: int, config: KVShareConfig) -> float:
     """Cells computed for reused tokens over all of their cells, 0..1; forced heads not counted."""
-    if ratio >= 1:
-        return 1.0
-    config = replace(config, strategy=strategy, ratio=ratio)
-    rule = get_strategy(strategy)
-    checks = list(rule.checks(config, layers))
-    running, total = (ratio if rule.upfront or rule.first_pass else 1.0), 0.0
-    for layer in range(layers):
-        total += running
-        while checks and checks[0].layer == layer:
-            running = checks.pop(0).share
-    return total / layers
+    return get_method(strategy).schedule(replace(config, strategy=strategy, ratio=ratio), layers).mean_share()
 
 
 def ratio_for(strategy: str, share: float, layers: int, config: KVShareConfig) -> float:

@@ -10,14 +10,13 @@ attention a token receives, sum_i |dA_i| <= sum_j alpha_j |dV_j|; one selection.
 
 import torch
 
-from kvshare_sched.methods.base import Check, Evidence, Strategy, first_check, one_check
-from kvshare_sched.settings import KVShareConfig
+from kvshare_sched.methods.base import Check, Evidence, Method, MethodSettings, first_check, one_check
 
 _SPREAD = 0.3  # the first filtering layer keeps 1.3 r, the last 0.7 r
 _FILTERS = 3
 
 
-def gradual_filtering(config: KVShareConfig, layers: int) -> tuple[Check, ...]:
+def gradual_filtering(config: MethodSettings, layers: int) -> tuple[Check, ...]:
     """Nested selections at consecutive layers from the check layer on; the mean share above it is the ratio."""
     first = first_check(config, layers)
     above = layers - 1 - first  # layers that may compute fewer rows
@@ -35,4 +34,4 @@ def _kv_deviation(evidence: Evidence) -> torch.Tensor:
     return evidence.k_squared + evidence.v_squared
 
 
-CACHEBLEND = Strategy("cacheblend", "arXiv 2405.16444, 4.3", checks=gradual_filtering, score=_kv_deviation)
+CACHEBLEND = Method("cacheblend", "arXiv 2405.16444, 4.3", checks=gradual_filtering, score=_kv_deviation)

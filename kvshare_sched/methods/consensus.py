@@ -11,7 +11,7 @@ are worth per unit of work, since a late row attends to more keys.
 
 import torch
 
-from kvshare_sched.methods.base import Evidence, Strategy, no_checks
+from kvshare_sched.methods.base import Evidence, Method, no_checks
 
 
 def late_layers(layers: int) -> range:
@@ -33,7 +33,7 @@ def _looked_at_and_uncertain(evidence: Evidence) -> torch.Tensor:
     return evidence.alpha.sqrt() * evidence.spread / evidence.work
 
 
-CONSENSUS = Strategy(
+CONSENSUS = Method(
     "consensus",
     "ours; KVCOMM (arXiv 2510.12872) for several donors standing in together",
     checks=no_checks,

@@ -6,7 +6,7 @@
 
 import torch
 
-from kvshare_sched.methods.base import Strategy, no_checks
+from kvshare_sched.methods.base import Method, no_checks
 
 _SEED = 20260730
 
@@ -30,14 +30,21 @@ def _random(positions: torch.Tensor, budget: int) -> torch.Tensor:
 
 
 ALL = (
-    Strategy("epic", "arXiv 2410.15332 (LegoLink)", checks=no_checks, upfront=_run_heads),
-    Strategy("random", "control", checks=no_checks, upfront=_random),
-    Strategy(
+    Method("epic", "arXiv 2410.15332 (LegoLink)", checks=no_checks, upfront=_run_heads),
+    Method("random", "control", checks=no_checks, upfront=_random),
+    Method(
         "naive",
         "control: reuse without recompute",
         checks=no_checks,
         upfront=lambda positions, budget: positions[:0],
+        budget=False,
         forced_head=lambda config: 0,
     ),
-    Strategy("full", "reference: recompute everything", checks=no_checks, upfront=lambda positions, budget: positions),
+    Method(
+        "full",
+        "reference: recompute everything",
+        checks=no_checks,
+        upfront=lambda positions, budget: positions,
+        reference=True,
+    ),
 )

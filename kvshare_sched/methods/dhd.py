@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from kvshare_sched.methods.base import Evidence, Strategy, one_check
+from kvshare_sched.methods.base import Evidence, Method, one_check
 
 
 def _attention_weighted(evidence: Evidence) -> torch.Tensor:
     return evidence.alpha * evidence.v_absolute
 
 
-DHD = Strategy("dhd", "arXiv 2503.16525, prefill DHD", checks=one_check, score=_attention_weighted, needs_alpha=True)
+DHD = Method("dhd", "arXiv 2503.16525, prefill DHD", checks=one_check, score=_attention_weighted, needs_alpha=True)

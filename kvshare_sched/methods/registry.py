@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvshare_sched.methods.base import Strategy
+    from kvshare_sched.methods.base import Method
 
 _NAMES = ("consensus", "dhd", "cacheblend", "epic", "naive", "random", "full")
 
@@ -21,13 +21,13 @@ def names() -> tuple[str, ...]:
     return _NAMES
 
 
-def get(name: str) -> Strategy:
-    """The strategy of that name (see `base.Strategy`)."""
+def get(name: str) -> Method:
+    """The strategy of that name (see `base.Method`)."""
     return _all()[name]
 
 
 @cache
-def _all() -> dict[str, Strategy]:
+def _all() -> dict[str, Method]:
     from kvshare_sched.methods import cacheblend, consensus, controls, dhd
 
     return {s.name: s for s in (consensus.CONSENSUS, dhd.DHD, cacheblend.CACHEBLEND, *controls.ALL)}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvshare_sched.errors import PlanError
+from kvshare_sched.methods.base import Schedule
 from radix_ext.records import Segment
 
 
@@ -39,6 +40,7 @@ class ReusePlan:
     exact_len: int
     segments: tuple[Segment, ...]  # disjoint, ascending, inside [exact_len, prompt_len - 1)
     forced_head: int = 0  # first tokens of every segment, always recomputed (attention sinks of the donor)
+    schedule: Schedule | None = None  # which rows run at which layer; None: not decided
     _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # Column by column as in `Counts`, doubtful tokens in parts of _WHOLE: of the first n segments together, n from 0.
@@ -82,6 +84,15 @@ class ReusePlan:
         whole = [column[high] - column[low] for column in self._sums]
         reused, forced, copied, doubtful, lone = map(sum, zip(whole, *cut, strict=True))
         return Counts(reused, forced, copied, doubtful / _WHOLE, lone)
+
+    def rows(self, start: int, end: int) -> list[int]:
+        """Rows expected at each layer for the chunk [start, end) of the prompt; O(layers + log segments)."""
+        return self.schedule.rows(end - start, self.counts(start, end))
+
+    @property
+    def expected_cells(self) -> int:
+        """(Layer x token) cells that the whole prompt will compute, before the scores are known."""
+        return sum(self.rows(self.exact_len, self.prompt_len))
 
     def _reach(self, start: int, end: int) -> tuple[int, int]:
         """The segments with tokens in [start, end): the number of the first, and that behind the last."""

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvshare_sched.engine.sglang.tree import DonorTree
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.quality.audit import Auditor
 from kvshare_sched.records.plan import ReusePlan
@@ -22,7 +21,7 @@ from kvshare_sched.records.report import ShareReport
 from kvshare_sched.records.request import Outcome, Reason, RequestView
 from kvshare_sched.reuse.costs import CostModel
 from kvshare_sched.reuse.lookup import DonorLost, Lending
-from kvshare_sched.reuse.planning import build_plan, rows_per_layer
+from kvshare_sched.reuse.planning import build_plan
 from kvshare_sched.reuse.promotion import Ledger
 from kvshare_sched.reuse.public_report import told
 from kvshare_sched.reuse.repair_queue import RepairQueue
@@ -31,7 +30,7 @@ from kvshare_sched.settings import KVShareConfig
 from kvshare_sched.tenants.policy import Stamp
 from kvshare_sched.tenants.scheduler_state import Desk, lenders_of
 from radix_ext.records import Namespace, Segment
-from radix_ext.stores.base import DonorLease
+from radix_ext.stores.base import DonorLease, DonorStore
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class Pipeline:
     """Admission, accounting and publishing for one engine."""
 
     def __init__(
-        self, config: KVShareConfig, tree: DonorTree, costs: CostModel, metrics=None, desk: Desk | None = None
+        self, config: KVShareConfig, tree: DonorStore, costs: CostModel, metrics=None, desk: Desk | None = None
     ):
         self.config = config
         self.tree = tree
@@ -118,24 +117,24 @@ class Pipeline:
 
     def _plan(self, view: RequestView, session: Session, refused: bool) -> ReusePlan | Reason:
         """refused: reuse is off for this tenant."""
-        segments = self.lending.match(view, session.strategy.donors)
-        plan = build_plan(view, segments, session.strategy, session.config, self.costs)
+        segments = self.lending.match(view, session.method.donors)
+        plan = build_plan(view, segments, session.method, session.config, self.costs)
         return Reason.QUALITY if refused and isinstance(plan, ReusePlan) else plan
 
     def _renewed(self, view: RequestView, plan: ReusePlan, session: Session) -> ReusePlan | None:
         """What is left of a plan behind the text that is to be computed exactly; None when nothing is worth it."""
-        config, strategy, layers = session.config, session.strategy, self.costs.layers
-        if config.ratio >= 1 or strategy.name == "full":
+        config, method, layers = session.config, session.method, self.costs.layers
+        if config.ratio >= 1 or method.reference:
             return plan
 
         def charge(start: int, end: int) -> float:
-            return sum(rows_per_layer(plan, start, end, strategy, config, layers)) / layers
+            return sum(plan.rows(start, end)) / layers
 
         session.bill = bill = self.ledger.bill(view, plan, charge, config.ratio)
         if not (until := bill.exact_until):
             return plan
         rest = (s.clip(until, s.end) for s in plan.segments)
-        left = build_plan(view, tuple(s for s in rest if s is not None), strategy, config, self.costs)
+        left = build_plan(view, tuple(s for s in rest if s is not None), method, config, self.costs)
         if isinstance(left, ReusePlan):
             session.renewed = plan.reused_len - left.reused_len
             session.bill = replace(bill, exact_until=left.approximate_from)
@@ -232,7 +231,7 @@ class Pipeline:
     def _for_client(self, session: Session, true: ShareReport) -> ShareReport:
         if session.told is None:
             return true
-        return told(true, session.told, session.strategy, session.config, self.costs)
+        return told(true, session.told, session.method, session.config, self.costs)
 
     def release(
         self, session: Session, said: Callable[[], np.ndarray | None] = lambda: None, finished: bool = True

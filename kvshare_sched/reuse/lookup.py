@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from kvshare_sched.engine.sglang.tree import DonorTree
 from kvshare_sched.quality.audit import Blamed
 from kvshare_sched.records.request import RequestView
 from kvshare_sched.settings import KVShareConfig
@@ -13,7 +12,7 @@ from radix_ext.index import SegmentIndex
 from radix_ext.limits import DonorLimits
 from radix_ext.matcher import find_segments
 from radix_ext.records import Segment
-from radix_ext.stores.base import DonorLease
+from radix_ext.stores.base import DonorLease, DonorStore
 
 _MEMO_SIZE = 1024  # prompts whose last lookup is remembered
 _SHUT_SIZE = 16_384  # pairs of borrower and donor that are kept apart
@@ -27,7 +26,7 @@ class DonorLost(Exception):
 class Lending:
     """Index and tree of one engine as one: looking up has no side effects on tree or pool, leasing pins."""
 
-    def __init__(self, config: KVShareConfig, tree: DonorTree, limits: Mapping[str, DonorLimits]):
+    def __init__(self, config: KVShareConfig, tree: DonorStore, limits: Mapping[str, DonorLimits]):
         """limits: what owners of donors may keep, read whenever something must leave the index."""
         self.tree = tree
         self.index = SegmentIndex(

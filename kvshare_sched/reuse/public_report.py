@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvshare_sched.methods.base import Strategy
+from kvshare_sched.methods.base import Method
 from kvshare_sched.records.plan import ReusePlan
 from kvshare_sched.records.report import ShareReport
 from kvshare_sched.records.request import Outcome, Reason
 from kvshare_sched.reuse.costs import CostModel
-from kvshare_sched.reuse.planning import rows_per_layer
 from kvshare_sched.settings import KVShareConfig
 
 
 def told(
-    true: ShareReport, planned: ReusePlan | Reason, strategy: Strategy, config: KVShareConfig, costs: CostModel
+    true: ShareReport, planned: ReusePlan | Reason, method: Method, config: KVShareConfig, costs: CostModel
 ) -> ShareReport:
     """The report of a request as if it could borrow only what its client may know of.
 
@@ -33,7 +32,7 @@ def told(
         return replace(nothing, outcome=Outcome.ORDINARY, reason=planned)
     if config.mode != "on":
         return replace(nothing, outcome=Outcome.DISCOVERED, reason=Reason.NONE, discovered=planned.reused_len)
-    rows = rows_per_layer(planned, planned.exact_len, planned.prompt_len, strategy, config, layers)
+    rows = planned.rows(planned.exact_len, planned.prompt_len)
     saved_s = costs.saving_s(planned, sum(rows))
     return replace(
         nothing,

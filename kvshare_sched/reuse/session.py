@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvshare_sched.methods.base import Strategy
-from kvshare_sched.methods.registry import get as get_strategy
+from kvshare_sched.methods.base import Method
+from kvshare_sched.methods.registry import get as get_method
 from kvshare_sched.quality.audit import Capture
 from kvshare_sched.records.plan import ReusePlan
 from kvshare_sched.records.report import ShareReport
 from kvshare_sched.records.request import Outcome, Reason
 from kvshare_sched.reuse.costs import CostModel
-from kvshare_sched.reuse.planning import expected_cells, rows_per_layer
 from kvshare_sched.reuse.promotion import Bill
 from kvshare_sched.reuse.repair_queue import RepairQueue
 from kvshare_sched.settings import KVShareConfig
@@ -117,8 +116,8 @@ class Session:
         return self.told if isinstance(self.told, ReusePlan) and self.config.mode == "on" else None
 
     @property
-    def strategy(self) -> Strategy:
-        return get_strategy(self.config.strategy)
+    def method(self) -> Method:
+        return get_method(self.config.strategy)
 
     @property
     def to_repair(self) -> bool:
@@ -131,8 +130,7 @@ class Session:
         """What running the chunk [start, end) costs, in tokens of ordinary prefill: cells / layers, rounded up."""
         if self.plan is None or self.hidden:
             return end - start
-        rows = rows_per_layer(self.plan, start, end, self.strategy, self.config, costs.layers)
-        return -(-sum(rows) // costs.layers)
+        return -(-sum(self.plan.rows(start, end)) // costs.layers)
 
     def end_for_budget(self, start: int, budget: int, end: int, costs: CostModel) -> int:
         """Largest chunk end in [start, end] whose charge stays within `budget` tokens."""
@@ -160,7 +158,7 @@ class Session:
         computed = (self.prompt_len - self.exact_len) * costs.layers
         if self.plan is not None:
             reused, donors, computed = self.plan.reused_len, len(self.plan.donor_ids), self.cells
-            expected = expected_cells(self.plan, self.strategy, self.config, costs.layers)
+            expected = self.plan.expected_cells
             expected_s = costs.saving_s(self.plan, expected)
             if self.done_upto >= self.prompt_len:  # else it was aborted, and has not computed its cells
                 saved_s = costs.saving_s(self.plan, self.cells)

@@ -61,7 +61,7 @@ class Assembly:
         by_first_layer: dict[int, list] = defaultdict(list)
         spread, blends = {}, []
         for chunk in chunks:
-            checks = chunk.checks(len(self.keys))
+            checks = chunk.checks
             runs = by_first_layer[checks[0].layer if checks else 0]
             session = chunk.session
             parts = self.pipeline.copies(session, chunk.start, chunk.end)
@@ -113,7 +113,7 @@ class Assembly:
             len(segments),
         )
         target = whole.slots[on_device(rows, slots)].long()
-        compared = [self.keys[layer] for layer in chunk.session.strategy.compared(len(self.keys))]
+        compared = [self.keys[layer] for layer in chunk.session.method.compared(len(self.keys))]
         spread = key_spread(compared, donors, neox=self.neox)
         return Blend(chunk, rows, target, donors, spread, on_device(np.concatenate(lone), slots))
 
@@ -161,6 +161,6 @@ class Assembly:
 
     def _lone_spread(self, session: Session, segment: Segment) -> torch.Tensor:
         """What is taken for the spread of a text with one donor, float32 [length]."""
-        layers = len(session.strategy.compared(len(self.keys)))
+        layers = len(session.method.compared(len(self.keys)))
         inside = torch.arange(segment.length, device=self.cos_sin.device) / _LONE_REACH
         return (_LONE_SPREAD * layers * segment.doubt) * (1 + inside).rsqrt()

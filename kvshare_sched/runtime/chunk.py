@@ -47,8 +47,8 @@ class Chunk:
         Where most of the text has several donors their spread says enough; and the pass must not cost more than it
         can save.
         """
-        strategy, asking = self.session.strategy, len(self.asking)
-        if strategy.first_pass is None or self.everything or not asking:
+        method, asking = self.session.method, len(self.asking)
+        if method.first_pass is None or self.everything or not asking:
             return False
         if not self.session.plan.mostly_lone(self.start, self.end):
             return False
@@ -59,11 +59,12 @@ class Chunk:
     @property
     def everything(self) -> bool:
         """Every row is to be recomputed: the reference, and what a ratio of 1 means."""
-        return self.session.config.ratio >= 1 and self.session.config.strategy != "naive"
+        return self.session.plan.schedule.recompute_all
 
-    def checks(self, depth: int) -> tuple[Check, ...]:
-        """When the strategy chooses, in a model of `depth` layers."""
-        return () if self.everything else self.session.strategy.checks(self.session.config, depth)
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """When the method chooses, and how many."""
+        return self.session.plan.schedule.checks
 
     @property
     def candidates(self) -> np.ndarray:
@@ -72,6 +73,6 @@ class Chunk:
 
     def budget(self, share: float) -> int:
         """How many of the candidates a share of the reused rows buys beside the forced ones."""
-        by_doubt = self.session.strategy.by_doubt and share < 1
+        by_doubt = self.session.method.by_doubt and share < 1
         rows = self.session.plan.doubtful_len(self.start, self.end) if by_doubt else int(self.reused.sum())
         return max(0, math.ceil(share * rows) - int(self.forced.sum()))

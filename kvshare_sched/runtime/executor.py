@@ -86,7 +86,7 @@ class Executor:
         depth, run = self.engine.layers, self.engine.run
         share_at: dict[int, list[tuple[Chunk, float]]] = defaultdict(list)  # check layer -> who chooses there
         for chunk in chunks:
-            for check in chunk.checks(depth):
+            for check in chunk.checks:
                 share_at[check.layer].append((chunk, check.share))
         started = time.perf_counter()
         whole = self.engine.whole(batch)
@@ -128,7 +128,7 @@ class Executor:
             session.recomputed += int((ran & chunk.reused).sum())
             if session.repair is not None:
                 session.repair.stale[chunk.start : chunk.end] = chunk.reused & ~ran
-            looking = len(chunk.asking) * session.strategy.first_pass(self.engine.layers).stop if chunk.looks else 0
+            looking = len(chunk.asking) * session.plan.schedule.first_pass if chunk.looks else 0
             session.cells += n + looking
             session.copy_s += copy_s / len(chunks)
             session.recompute_s += compute_s / len(chunks)
@@ -138,9 +138,9 @@ class Executor:
         seen = self._first_pass(batch, chunks)
         partly = [c for c in chunks if not c.everything]
         for chunk in partly:
-            if chunk.session.strategy.upfront is not None:
+            if chunk.session.method.upfront is not None:
                 _choose_upfront(chunk, keep)
-        self._choose_by_score([c for c in partly if c.session.strategy.first_pass], keep, seen, spread)
+        self._choose_by_score([c for c in partly if c.session.method.first_pass], keep, seen, spread)
 
     def _first_pass(self, batch, chunks: list[Chunk]) -> dict[int, torch.Tensor]:
         """Attention each position receives from the fresh rows, by the chunk's first row.
@@ -148,7 +148,7 @@ class Executor:
         The fresh rows' KV is written on the way, and again in the pass that counts.
         """
         looking = [c for c in chunks if c.looks]
-        layers = looking[0].session.strategy.first_pass(self.engine.layers) if looking else range(0)
+        layers = looking[0].session.method.first_pass(self.engine.layers) if looking else range(0)
         if not layers:
             return {}
         view = self.engine.select(batch, np.concatenate([c.asking for c in looking]))
@@ -168,7 +168,7 @@ class Executor:
             alpha = torch.ones_like(far[at]) if seen is None else seen[at + chunk.start]
             work = 1 + (at + chunk.start) / self.engine.even_at
             evidence = Evidence(at + chunk.start, alpha=alpha, spread=self.probes.over_ranks(far)[at], work=work)
-            scores.append(chunk.session.strategy.score(evidence))
+            scores.append(chunk.session.method.score(evidence))
         budgets = [chunk.budget(chunk.session.config.ratio) for chunk in chunks]
         for chunk, best in zip(chunks, top_k(scores, budgets), strict=True):
             candidates = chunk.candidates
@@ -184,5 +184,5 @@ def _choose_upfront(chunk: Chunk, keep: np.ndarray) -> None:
     """The choice of a method that needs no scores."""
     keep[chunk.candidates] = False
     positions = torch.from_numpy(chunk.candidates - chunk.row + chunk.start)
-    picked = chunk.session.strategy.upfront(positions, chunk.budget(chunk.session.config.ratio)).numpy()
+    picked = chunk.session.method.upfront(positions, chunk.budget(chunk.session.config.ratio)).numpy()
     keep[picked - chunk.start + chunk.row] = True

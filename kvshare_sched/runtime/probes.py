@@ -39,7 +39,7 @@ class Probes:
 
         def measure(_, q, k, v):
             evidence = self._evidence(layer, q, k, v, view, chunks, keep)
-            found.extend(c.session.strategy.score(e) for c, e in zip(chunks, evidence, strict=True))
+            found.extend(c.session.method.score(e) for c, e in zip(chunks, evidence, strict=True))
 
         with self.engine.watching([layer], before=measure):
             yield found
@@ -58,7 +58,7 @@ class Probes:
             v_absolute, v_squared = token_deviation(v[index], cached_v)
             size = cached_v.float().abs().flatten(1).sum(dim=1)
             alpha = torch.zeros_like(v_absolute)
-            if chunk.session.strategy.needs_alpha and len(local):
+            if chunk.session.method.needs_alpha and len(local):
                 alpha = self._alpha(layer, chunk, index, q, k, view)
             sums = self.over_ranks(torch.stack((k_squared, v_squared, v_absolute, alpha, size)))
             k_squared, v_squared, v_absolute, alpha, size = sums.unbind()

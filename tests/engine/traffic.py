@@ -418,19 +418,20 @@ class Traffic(RuleBasedStateMachine):
     )
     def fail_once(self, where: str, skip: int) -> None:
         """One of our steps raises, once, at its next use but `skip`; the engine must serve on."""
-        pipeline, executor, queue = self.bench.pipeline, self.bench.runner.model.forward, self.bench.queue
-        while hasattr(executor, "__closure__") and not hasattr(executor, "__self__"):
-            executor = next(c.cell_contents for c in executor.__closure__ if callable(c.cell_contents))
-        executor = executor.__self__
+        pipeline, batches, queue = self.bench.pipeline, self.bench.runner.model.forward, self.bench.queue
+        while hasattr(batches, "__closure__") and not hasattr(batches, "__self__"):
+            batches = next(c.cell_contents for c in batches.__closure__ if callable(c.cell_contents))
+        batches = batches.__self__
+        executor = batches._instead.__self__
         target = {
             "match": (pipeline.lending, "match"),
             "lease": (pipeline.lending, "lease"),
             "index": (pipeline.index, "add"),
             "copy": (executor.assembly, "copy"),
-            "select": (executor, "_select"),
-            "narrow": (executor, "_narrow"),
-            "finish": (executor, "_finish"),
-            "repair": (executor.repair, "_with_rows"),
+            "select": (batches, "select"),
+            "narrow": (batches, "narrow"),
+            "finish": (batches, "finish"),
+            "repair": (batches, "extend"),
             "ledger": (pipeline.ledger, "bill"),
             "report": (pipeline, "_for_client"),
             "peek": (queue and queue._peek, "_look"),

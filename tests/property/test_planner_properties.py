@@ -11,7 +11,7 @@ from kvshare_sched.methods.registry import get, names
 from kvshare_sched.records.plan import ReusePlan
 from kvshare_sched.records.request import Reason, RequestView
 from kvshare_sched.reuse.costs import CostModel
-from kvshare_sched.reuse.planning import build_plan, expected_cells, rows_per_layer
+from kvshare_sched.reuse.planning import build_plan
 from kvshare_sched.reuse.session import Session
 from kvshare_sched.settings import KVShareConfig
 from radix_ext.records import Namespace, Segment
@@ -66,13 +66,13 @@ def blended_plans(draw):
 
 
 def plain_rows(plan, start, end, strategy, config, layers):
-    """`rows_per_layer` by its definition: a walk over every token, and over every segment's part of the chunk."""
+    """`Schedule.rows` by its definition: a walk over every token, and over every segment's part of the chunk."""
     parts = [part for s in plan.segments if (part := s.clip(start, end)) is not None]
     heads = [p for s in plan.segments for p in range(s.start, s.end)[: plan.forced_head] if start <= p < end]
     rows, reused, forced = end - start, sum(part.length for part in parts), len(heads)
     fresh = rows - reused
     per_layer, current, checks = [], rows, list(strategy.checks(config, layers))
-    if not checks:
+    if not checks and (strategy.upfront or strategy.first_pass):
         share = {"full": 1.0, "naive": 0.0}.get(strategy.name, config.ratio)
         doubtful = sum(part.length * part.foreign**0.5 for part in parts)
         current = fresh + max(forced, math.ceil(share * (doubtful if strategy.by_doubt and share < 1 else reused)))
@@ -150,10 +150,10 @@ def test_chunks_partition_the_plan(plan, data):
 @given(plans(), configs, layer_counts)
 def test_rows_never_grow_with_depth_and_never_exceed_ordinary(plan, config, layers):
     strategy = get(config.strategy)
-    rows = rows_per_layer(plan, plan.exact_len, plan.prompt_len, strategy, config, layers)
+    rows = replace(plan, schedule=strategy.schedule(config, layers)).rows(plan.exact_len, plan.prompt_len)
     assert len(rows) == layers and rows == sorted(rows, reverse=True)
     assert plan.fresh_len <= rows[-1] and rows[0] <= plan.prompt_len - plan.exact_len
-    assert expected_cells(plan, strategy, config, layers) == sum(rows)
+    assert replace(plan, schedule=strategy.schedule(config, layers)).expected_cells == sum(rows)
 
 
 @given(blended_plans(), configs, layer_counts, st.data())
@@ -162,7 +162,7 @@ def test_any_chunk_costs_what_a_walk_over_it_finds(plan, config, layers, data):
     strategy = get(config.strategy)
     edges = st.sampled_from([edge for s in plan.segments for edge in (s.start, s.end)] or [0])
     start, end = sorted(data.draw(st.tuples(*(edges | st.integers(0, plan.prompt_len),) * 2)))
-    assert rows_per_layer(plan, start, end, strategy, config, layers) == plain_rows(
+    assert replace(plan, schedule=strategy.schedule(config, layers)).rows(start, end) == plain_rows(
         plan, start, end, strategy, config, layers
     )
     parts = [part for s in plan.segments if (part := s.clip(start, end)) is not None]
@@ -185,9 +185,13 @@ def test_a_chunk_ends_where_a_walk_over_it_says(plan, config, layers, data):
 
     start, whole = sorted(data.draw(st.tuples(*(st.integers(0, plan.prompt_len),) * 2)))
     budget = data.draw(st.integers(0, plan.prompt_len))
-    session = Session("r", plan.prompt_len, 0, config, plan, Reason.NONE)
+    session = Session("r", plan.prompt_len, 0, config, scheduled(plan, config, layers), Reason.NONE)
     assert session.end_for_budget(start, budget, whole, costs) == plain_end(plan, start, budget, whole, charge)
     assert session.charge(start, whole, costs) == charge(start, whole)
+
+
+def scheduled(plan, config, layers) -> ReusePlan:
+    return replace(plan, schedule=get(config.strategy).schedule(config, layers))
 
 
 def costs_of(layers) -> CostModel:
@@ -197,6 +201,7 @@ def costs_of(layers) -> CostModel:
 @given(plans(), configs, layer_counts, st.data())
 def test_charge_grows_with_the_chunk_and_stays_below_ordinary(plan, config, layers, data):
     costs = costs_of(layers)
+    plan = scheduled(plan, config, layers)
     session = Session("r", plan.prompt_len, plan.exact_len, config, plan, Reason.NONE)
     ordinary = Session("o", plan.prompt_len, plan.exact_len, config, None, Reason.NO_MATCH)
     start = data.draw(st.integers(plan.exact_len, plan.prompt_len))
@@ -209,6 +214,7 @@ def test_charge_grows_with_the_chunk_and_stays_below_ordinary(plan, config, laye
 @given(plans(), configs, layer_counts, st.data())
 def test_chunk_end_is_the_largest_within_the_budget(plan, config, layers, data):
     costs = costs_of(layers)
+    plan = scheduled(plan, config, layers)
     session = Session("r", plan.prompt_len, plan.exact_len, config, plan, Reason.NONE)
     start = data.draw(st.integers(plan.exact_len, plan.prompt_len))
     whole = data.draw(st.integers(start, plan.prompt_len))

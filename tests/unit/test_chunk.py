@@ -1,8 +1,11 @@
 """What a chunk asks of a strategy: candidates, budget, who asks, whether a first pass pays."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from kvshare_sched.methods.registry import get
 from kvshare_sched.records.plan import ReusePlan
 from kvshare_sched.records.request import Reason
 from kvshare_sched.reuse.session import Session
@@ -16,7 +19,9 @@ PLAN = ReusePlan(200, 0, (Segment(1, 0, 10, 150),), forced_head=8)
 
 def chunk(plan=PLAN, *, row=1000, asks_until=200, start=0, end=None, **settings) -> Chunk:
     end = plan.prompt_len if end is None else end
-    session = Session("r", plan.prompt_len, 0, KVShareConfig(**settings), plan, Reason.NONE, asks_until=asks_until)
+    config = KVShareConfig(**settings)
+    plan = replace(plan, schedule=get(config.strategy).schedule(config, 30))
+    session = Session("r", plan.prompt_len, 0, config, plan, Reason.NONE, asks_until=asks_until)
     forced = np.zeros(end - start, bool)
     forced[plan.forced_positions(start, end) - start] = True
     return Chunk(session, row, start, end, plan.reused_mask(start, end), forced)

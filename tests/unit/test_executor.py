@@ -44,7 +44,7 @@ def test_requests_of_a_batch_choose_for_themselves_and_the_host_waits_once(monke
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(len(self)) or fetch(self))
 
     def chunk(row, start, candidates, budget):
-        session = types.SimpleNamespace(strategy=get("consensus"), config=types.SimpleNamespace(ratio=0.2))
+        session = types.SimpleNamespace(method=get("consensus"), config=types.SimpleNamespace(ratio=0.2))
         given = {"session": session, "row": row, "start": start, "candidates": np.array(candidates)}
         return types.SimpleNamespace(**given, budget=lambda share: budget)
 

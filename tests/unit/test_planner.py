@@ -1,6 +1,7 @@
 """What becomes a plan and what does not, and what a plan is expected to cost."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from kvshare_sched.methods.registry import get, names
 from kvshare_sched.records.plan import ReusePlan
 from kvshare_sched.records.request import Reason, RequestView
 from kvshare_sched.reuse.costs import CostModel
-from kvshare_sched.reuse.planning import build_plan, expected_cells, rows_per_layer
+from kvshare_sched.reuse.planning import build_plan
 from kvshare_sched.reuse.session import Session
 from kvshare_sched.settings import KVShareConfig
 from radix_ext.records import Namespace, Segment
@@ -95,43 +96,44 @@ def test_forced_head_is_the_strategys(name):
 
 def test_rows_per_layer_of_one_selection():
     made = plan([(0, 0, 50, 100), (1, 0, 200, 40)])
-    rows = rows_per_layer(made, 0, 300, get("dhd"), CONFIG, 6)
+    rows = replace(made, schedule=get("dhd").schedule(CONFIG, 6)).rows(0, 300)
     fresh, chosen = 300 - 140, 14  # a tenth of 140; the 8 forced rows are among them
     assert rows == [300, 300] + [fresh + chosen] * 4
-    assert expected_cells(made, get("dhd"), CONFIG, 6) == sum(rows)
+    assert replace(made, schedule=get("dhd").schedule(CONFIG, 6)).expected_cells == sum(rows)
 
 
 def test_forced_rows_count_when_they_are_more_than_the_budget():
     config = KVShareConfig(ratio=0.01, forced_head=20)
     made = plan([(0, 0, 50, 100)], config=config)
-    assert rows_per_layer(made, 0, 300, get("dhd"), config, 4) == [300, 300, 220, 220]
-    assert rows_per_layer(made, 0, 300, get("random"), config, 4) == [220] * 4
+    assert replace(made, schedule=get("dhd").schedule(config, 4)).rows(0, 300) == [300, 300, 220, 220]
+    assert replace(made, schedule=get("random").schedule(config, 4)).rows(0, 300) == [220] * 4
 
 
 @pytest.mark.parametrize(("name", "share"), [("full", 1.0), ("naive", 0.0), ("random", 0.1), ("epic", 0.1)])
 def test_rows_per_layer_of_a_choice_made_upfront(name, share):
     made = plan([(0, 0, 50, 100)], strategy=name)
-    assert rows_per_layer(made, 0, 300, get(name), CONFIG, 5) == [200 + math.ceil(share * 100)] * 5
+    assert replace(made, schedule=get(name).schedule(CONFIG, 5)).rows(0, 300) == [200 + math.ceil(share * 100)] * 5
 
 
 def test_gradual_filtering_shrinks_layer_by_layer():
     made = plan([(0, 0, 50, 200)], strategy="cacheblend")
-    rows = rows_per_layer(made, 0, 300, get("cacheblend"), CONFIG, 8)
+    rows = replace(made, schedule=get("cacheblend").schedule(CONFIG, 8)).rows(0, 300)
     assert rows[:2] == [300, 300] and rows[2] > rows[3] > rows[4] == rows[7] > made.fresh_len
 
 
 def test_chunks_without_reuse_cost_ordinary_rows():
     made = plan([(0, 0, 50, 100)])
-    assert rows_per_layer(made, 150, 300, get("dhd"), CONFIG, 4) == [150] * 4
-    assert rows_per_layer(made, 0, 50, get("naive"), CONFIG, 4) == [50] * 4
-    assert rows_per_layer(made, 60, 60, get("dhd"), CONFIG, 4) == [0] * 4
+    assert replace(made, schedule=get("dhd").schedule(CONFIG, 4)).rows(150, 300) == [150] * 4
+    assert replace(made, schedule=get("naive").schedule(CONFIG, 4)).rows(0, 50) == [50] * 4
+    assert replace(made, schedule=get("dhd").schedule(CONFIG, 4)).rows(60, 60) == [0] * 4
 
 
 def cut_prompt(segments: int) -> ReusePlan:
     """Segments of 40 tokens with two donors each, 40 fresh tokens before each."""
     others = lambda at: (Segment(2, 5000, at, 40), Segment(3, 9000, at + 10, 20))  # noqa: E731
     found = tuple(Segment(1, 1000 + at, at, 40, at // 2, others(at)) for at in range(40, 80 * segments, 80))
-    return ReusePlan(80 * segments + 100, 0, found, forced_head=4)
+    schedule = get("consensus").schedule(KVShareConfig(ratio=0.2), CHEAP.layers)
+    return ReusePlan(80 * segments + 100, 0, found, forced_head=4, schedule=schedule)
 
 
 def test_a_pass_looks_at_the_segments_it_cuts_however_many_there_are(monkeypatch):

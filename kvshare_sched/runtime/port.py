@@ -103,7 +103,7 @@ class Engine(Protocol):
     def watching(
         self, layers: Sequence[int], *, before: LayerHook | None = None, after: LayerHook | None = None
     ) -> AbstractContextManager[None]:
-        """Inside the block `before` runs before a layer attends, its K and V not yet written; `after` runs behind it."""
+        """Inside the block `before` runs before a layer attends, its K and V not yet written; `after` runs after."""
 
     def ordinary(self, batch: Any) -> Any:
         """The engine's own forward, of a batch that nothing has been done to."""

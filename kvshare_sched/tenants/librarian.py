@@ -13,7 +13,9 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from kvshare_sched.tenants.library import Document, Library, Rejected
 from kvshare_sched.tenants.middleware import Edge, own_request
@@ -31,12 +33,20 @@ class Librarian:
     """One per HTTP process. Changes come one at a time."""
 
     def __init__(
-        self, library: Library, edge: Edge, manager, page: int = 1, clock=time.time, show=lambda documents: None
+        self,
+        library: Library,
+        edge: Edge,
+        manager,
+        new_request: Callable[..., Any],
+        page: int = 1,
+        clock=time.time,
+        show=lambda documents: None,
     ):
-        """manager: SGLang's TokenizerManager; page: tokens of a KV page. show: is given `list()` after changes, for the
+        """manager: SGLang's TokenizerManager; new_request: makes what its `generate_request` takes; page: tokens of a KV page. show: is given `list()` after changes, for the
         metrics.
         """
         self.library, self._edge, self._manager, self._clock = library, edge, manager, clock
+        self._new_request = new_request
         self._missing = max(_MISSING, page)
         self._resident: dict[tuple[str, str], bool] = dict.fromkeys(library.documents, False)
         self._leaving: dict[str, Document] = {}  # by label: taken back, but perhaps still lent by the engine
@@ -205,9 +215,7 @@ class Librarian:
 
     async def _ask(self, document: Document, ids: list[int], *, forget: bool = False) -> int:
         """Send one request of our own; returns how many of its tokens were cached. Raises when it did not run."""
-        from sglang.srt.managers.io_struct import GenerateReqInput
-
-        obj = GenerateReqInput(
+        obj = self._new_request(
             input_ids=ids, sampling_params={"max_new_tokens": 1, "temperature": 0}, log_metrics=False
         )
         space = name_of(self._edge.mark, DOCUMENTS, document.group)

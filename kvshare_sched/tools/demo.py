@@ -9,6 +9,7 @@ opted out in a namespace of its own, so that nothing but reuse differs. Text: Py
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import random
 import statistics
@@ -160,7 +161,6 @@ _ROW = "{:>4} {:>6} {:>7} {:>7} {:>6} {:>6}  {:<54} {:>7}"
 
 def summarise(measured: list[Case]) -> dict:
     """The figures of `out/demo.json`."""
-    import sglang
 
     def median(values) -> float:
         return round(statistics.median(values), 4)
@@ -178,7 +178,7 @@ def summarise(measured: list[Case]) -> dict:
             }
     ratios = sorted(c.ratio for c in measured)
     return {
-        "sglang_version": sglang.__version__,
+        "sglang_version": importlib.metadata.version("sglang"),
         "model": model.MODEL_NAME,
         "strategy": measured[0].on.report["strategy"],
         "cases": len(measured),

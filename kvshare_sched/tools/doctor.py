@@ -60,11 +60,8 @@ def _seams() -> list[str]:
 
 def _server(arguments: list[str]) -> list[str]:
     """What the launcher would say to these arguments."""
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-
     from kvshare_sched.client import launch, model
-    from kvshare_sched.engine.sglang.support import refusals
+    from kvshare_sched.engine.sglang.support import refusals, server_args_of
 
     arguments = launch.fill_defaults(arguments)
     if "--model-path" not in arguments:
@@ -72,10 +69,8 @@ def _server(arguments: list[str]) -> list[str]:
             _line("model", "none named (--model-path) and the embedded one is not prepared (`kvshare model`)")
             return []
         arguments += ["--model-path", str(model.model_path())]
-    load_plugins()
     try:
-        server_args = prepare_server_args(arguments)
-        server_args.resolve_once()
+        server_args = server_args_of(arguments)
     except SystemExit:
         return [f"SGLang does not accept the arguments: {' '.join(arguments)}"]
     except Exception as error:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.managers.io_struct import GenerateReqInput
 
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.tenants.admin import Admin
@@ -60,7 +61,9 @@ class World:
     def start(self):
         library = Library(str(self.folder / "library"))
         self.shown = []  # how many documents were resident, and how many not
-        self.librarian = Librarian(library, self.edge, self.manager, clock=lambda: self.now, show=self.show)
+        self.librarian = Librarian(
+            library, self.edge, self.manager, GenerateReqInput, clock=lambda: self.now, show=self.show
+        )
 
     def show(self, documents):
         there = sum(document["resident"] for document in documents)
@@ -280,7 +283,7 @@ def test_a_ttl_that_is_renewed_while_it_ends_is_kept(world):
 
 
 def test_large_pages_are_no_eviction(world):
-    world.librarian = Librarian(world.librarian.library, world.edge, world.manager, page=256)
+    world.librarian = Librarian(world.librarian.library, world.edge, world.manager, GenerateReqInput, page=256)
     found = world.add(text="word " * 500)
 
     async def paged(obj, request):

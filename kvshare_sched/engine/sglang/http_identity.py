@@ -138,8 +138,10 @@ def _install(server_args, manager, pool: int) -> None:
     )
     admin = background = None
     if config.library:
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
         shown = {"show": metrics.library} if metrics is not None else {}
-        librarian = Librarian(Library(config.library), _edge, manager, settings.page_size, **shown)
+        librarian = Librarian(Library(config.library), _edge, manager, GenerateReqInput, settings.page_size, **shown)
         admin, background = Admin(librarian), librarian.run
     http_server.app.add_middleware(Middleware, edge=_edge, admin=admin, background=background)
     logger.warning(

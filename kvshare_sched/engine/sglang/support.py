@@ -10,6 +10,7 @@ import difflib
 import importlib.metadata
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -147,6 +148,17 @@ def _tenants_file() -> str:
 def hooks() -> dict[str, object]:
     """Seam -> hook body, all of kind AROUND."""
     return {"sglang.srt.server_args.ServerArgs.check_server_args": check_server_args}
+
+
+def server_args_of(arguments: list[str]) -> Any:
+    """SGLang's ServerArgs of a command line. Raises what SGLang raises for arguments it refuses."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    server_args = prepare_server_args(arguments)
+    server_args.resolve_once()
+    return server_args
 
 
 def refusals(server_args) -> list[str]:

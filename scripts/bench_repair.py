@@ -4,7 +4,7 @@
     python scripts/bench_repair.py cost     # about two minutes
     python scripts/bench_repair.py worth    # about two minutes a case
 
-One stock launch, prompts of some 2,000 tokens whose documents come back in another order behind another prefix.
+One stock server, prompts of some 2,000 tokens whose documents come back in another order behind another prefix.
 - cost: time per output token with repair over without. The settings take turns within a round, so that a machine that
   slows down hits all of them; the ratio is one of a round, the figure the median over the rounds.
 - worth: KL from full prefill before every token of full prefill's own answer, by teacher forcing that decodes

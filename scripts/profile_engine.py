@@ -114,7 +114,7 @@ def measure(probe: Probe) -> dict:
 
 
 def main() -> None:
-    """Start a launch, measure, write."""
+    """Start a server, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="benchmarks/profile-cpu.json")
     options, rest = parser.parse_known_args()

@@ -1,4 +1,4 @@
-"""`kvshare eval`: start the launch, run the cases one after the other, write the report as it grows."""
+"""`kvshare eval`: start the server, run the cases one after the other, write the report as it grows."""
 
 from __future__ import annotations
 

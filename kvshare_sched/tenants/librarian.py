@@ -42,8 +42,8 @@ class Librarian:
         clock=time.time,
         show=lambda documents: None,
     ):
-        """manager: SGLang's TokenizerManager; new_request: makes what its `generate_request` takes; page: tokens of a KV page. show: is given `list()` after changes, for the
-        metrics.
+        """manager: SGLang's TokenizerManager; new_request: makes what its `generate_request` takes;
+        page: tokens of a KV page; show: is given `list()` after changes, for the metrics.
         """
         self.library, self._edge, self._manager, self._clock = library, edge, manager, clock
         self._new_request = new_request

@@ -23,7 +23,7 @@ _SERVE_HELP = """start stock SGLang; every SGLang argument passes through, kvsha
 _EVAL_HELP = """compare every method with full prefill over the same donors, on one server: KL, task scores with
 confidence intervals, computed cells, times; what is not an option below is passed to SGLang"""
 
-_BENCH_HELP = """play traces against a running launch, or start several set-ups and compare them on the same traces:
+_BENCH_HELP = """play traces against a running server, or start several set-ups and compare them on the same traces:
 time to first token, throughput, goodput, tenants, token origins; what is not an option below is passed to SGLang"""
 
 
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--out", default="out/simulate.json", help="all figures")
     simulate.set_defaults(run=_simulate, passes_through=False)
     bench = commands.add_parser(
-        "bench", help="load test: a running launch, or set-ups compared", description=_BENCH_HELP
+        "bench", help="load test: a running server, or set-ups compared", description=_BENCH_HELP
     )
     bench.add_argument("--url", help="a running SGLang; without it --compare starts servers")
     bench.add_argument(

@@ -2,7 +2,7 @@
 
 One stock SGLang server with our plugin on the embedded model. Each case sends a tenant's first prompt (which
 leaves donors behind), then a second prompt with the same documents in another order behind another system
-prompt, once without reuse and once with. "Without" is the same launch, backend and cache, with the request
+prompt, once without reuse and once with. "Without" is the same server, backend and cache, with the request
 opted out in a namespace of its own, so that nothing but reuse differs. Text: Python's own language reference
 (`pydoc_data.topics`), which every Python ships.
 """
@@ -114,7 +114,7 @@ def measure(client: Client, number: int, sections: list[str]) -> Case:
 
 
 def run(*, cases: int, out: str) -> int:
-    """Start the launch, measure, print, write `demo.json` and `demo.png` into `out`; returns the exit code."""
+    """Start the server, measure, print, write `demo.json` and `demo.png` into `out`; returns the exit code."""
     path = model.prepare()
     folder = Path(out)
     arguments = [*launch.fill_defaults(["--model-path", str(path)]), "--log-level", "warning"]

@@ -54,7 +54,7 @@ def pair(client: Client, prompts: Prompts, tokens: int, share: float):
 
 
 def shape(results: Results, name: str, lengths: list[int], shares: list[float], folder: Path) -> bool:
-    """One launch, all lengths and ratios, then prompts without a match; whether every prompt reused what it could."""
+    """One server, all lengths and ratios, then prompts without a match; whether every prompt reused what it could."""
     reused = True
     config = folder / "models" / name / "config.json"
     config.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: the launch, prompts from Python's own documentation, and its metrics."""
+"""What the end-to-end tests share: the server, prompts from Python's own documentation, and its metrics."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def test_controls_of_a_small_evaluation(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     summary = report["summary"]
     assert list(summary) == ["full", "noise_floor", *METHODS, "exact_prefix", "no_context"]
-    assert report["settings"]["methods"]["kvshare"]["reuse"] == {"strategy": "dhd", "ratio": 0.1}
+    assert report["settings"]["methods"]["dhd"]["reuse"] == {"strategy": "dhd", "ratio": 0.1}
     assert (tmp_path / "report.md").exists() and (tmp_path / "frontier.png").exists()
 
     assert summary["full"]["kl_mean"] == 0 and summary["full"]["greedy_agreement"] == 1

@@ -240,11 +240,12 @@ def shallow(layers: int) -> families.Model:
 @pytest.mark.parametrize(("layers", "check_layer"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 3)])
 def test_every_strategy_reuses_however_few_layers_there_are(layers, check_layer, tmp_path):
     """After the last layer SGLang drops the residual stream: a check there would end in an error, and a second run."""
-    strategies = dict.fromkeys(("cacheblend", "dhd", "consensus"), (0, layers - 1))
+    checking = ("cacheblend", "dhd") if layers > 1 else ()  # a check leaves no layer to save in: not worth it
+    strategies = dict.fromkeys((*checking, "consensus"), (0, layers - 1))
     found = compared(shallow(layers), tmp_path, strategies=strategies, settings={"check_layer": check_layer})
     for one in found:
         assert one.same_tokens and one.difference <= EXACT, one
-        assert one.report["recomputed"] < families.REUSED or (layers == 1 and one.strategy != "consensus")
+        assert one.report["recomputed"] < families.REUSED
 
 
 @pytest.mark.parametrize(("layers", "check_layer", "highest"), [(4, 3, 2), (4, 9, 2), (2, 2, 1), (1, 2, 1)])

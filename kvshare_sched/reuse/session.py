@@ -126,6 +126,31 @@ class Session:
             return False
         return self.repair.waiting(self.approximate_from)
 
+    # ---- what runs ----
+
+    def copied(self) -> None:
+        """Copies stand in its slots from now on: what follows them is approximate."""
+        if self.approximate_from is None:
+            self.approximate_from = self.plan.approximate_from
+
+    def ran(self, cells: int, recomputed: int = 0, copy_s: float = 0.0, compute_s: float = 0.0) -> None:
+        """A chunk has run: (layer x token) cells, reused tokens computed again above the check layers, seconds."""
+        self.cells += cells
+        self.recomputed += recomputed
+        self.copy_s += copy_s
+        self.recompute_s += compute_s
+
+    def blended(self, seconds: float) -> None:
+        """Blending takes place inside the time of the layers, and counts as copying."""
+        self.copy_s += seconds
+        self.recompute_s -= seconds
+
+    def stop_repair(self) -> None:
+        """No further row of its prompt is repaired."""
+        self.repair = None
+
+    # ---- what it costs ----
+
     def charge(self, start: int, end: int, costs: CostModel) -> int:
         """What running the chunk [start, end) costs, in tokens of ordinary prefill: cells / layers, rounded up."""
         if self.plan is None or self.hidden:

@@ -65,8 +65,8 @@ class Assembly:
             runs = by_first_layer[checks[0].layer if checks else 0]
             session = chunk.session
             parts = self.pipeline.copies(session, chunk.start, chunk.end)
-            if parts and session.approximate_from is None:
-                session.approximate_from = session.plan.approximate_from
+            if parts:
+                session.copied()
             found = spread[chunk.row] = torch.zeros(len(chunk.reused), device=whole.slots.device)
             for segment, lease in parts:
                 low = segment.start - chunk.start
@@ -153,8 +153,7 @@ class Assembly:
                     blend(buffer, unknown, target, trust, neox=neox)
             spent = (time.perf_counter() - started) / max(1, len(work))
             for session in (job.chunk.session for job, *_ in work):
-                session.copy_s += spent
-                session.recompute_s -= spent  # inside the time of the layers
+                session.blended(spent)
 
         with self.engine.watching(range(self.engine.layers), before=write):
             yield

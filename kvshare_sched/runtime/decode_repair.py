@@ -46,7 +46,7 @@ class DecodeRepair:
         except Exception:
             logger.exception("kvshare: repair failed for a batch of %d; plain decode", len(batch))
             for session in waiting.values():
-                session.repair = None
+                session.stop_repair()
             self.engine.restore(batch)
             return self.engine.ordinary(batch)
 

@@ -57,7 +57,7 @@ class Executor:
             self.engine.restore(batch)
         output = self.engine.all_rows(batch)
         for chunk in chunks:
-            chunk.session.cells += (chunk.end - chunk.start) * self.engine.layers
+            chunk.session.ran((chunk.end - chunk.start) * self.engine.layers)
         self._settle(chunks)
         return output
 
@@ -125,13 +125,11 @@ class Executor:
         for chunk, n in zip(chunks, cells, strict=True):
             session = chunk.session
             ran = keep[chunk.row : chunk.row + len(chunk.reused)]
-            session.recomputed += int((ran & chunk.reused).sum())
             if session.repair is not None:
                 session.repair.stale[chunk.start : chunk.end] = chunk.reused & ~ran
             looking = len(chunk.asking) * session.plan.schedule.first_pass if chunk.looks else 0
-            session.cells += n + looking
-            session.copy_s += copy_s / len(chunks)
-            session.recompute_s += compute_s / len(chunks)
+            recomputed = int((ran & chunk.reused).sum())
+            session.ran(n + looking, recomputed, copy_s / len(chunks), compute_s / len(chunks))
 
     def _choose_before_layer_0(self, batch, chunks: list[Chunk], keep: np.ndarray, spread) -> None:
         """The choices of methods without check layers. spread: of the donors, by a chunk's first row."""

@@ -153,7 +153,9 @@ def rids(*sessions) -> Rids:
 
 
 def session(**changes):
-    return SimpleNamespace(to_repair=True, approximate_from=5, repair=RepairQueue(np.arange(30), 2, "fifo"), **changes)
+    busy = SimpleNamespace(to_repair=True, approximate_from=5, repair=RepairQueue(np.arange(30), 2, "fifo"), **changes)
+    busy.stop_repair = lambda: setattr(busy, "repair", None)
+    return busy
 
 
 def test_only_decode_batches_with_something_to_repair_take_rows(runner):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from kvshare_sched.client import model
 from kvshare_sched.client.http import Client, kl_divergence
 
+pytestmark = pytest.mark.gpu  # on a CPU: engine/test_adapters.py, on tiny models and in seconds
 RANK, SHARE = 8, 0.05  # of an adapter; size of what it adds to a weight
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FOLDER = Path(tempfile.gettempdir()) / "kvshare-e2e-lora"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from harness import chat, sections, settled
 
+pytestmark = pytest.mark.gpu  # on a CPU: engine/test_reuse.py, on a tiny model and in seconds
 ARGUMENTS = ["--max-total-tokens", "3000", "--schedule-conservativeness", "0.1"]
 ENVIRONMENT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "17"}
 DOCS = sections()

@@ -17,7 +17,7 @@ ENVIRONMENT = {
     "KVSHARE_RATIO": "0.5",
     "KVSHARE_TARGET_KL": "1e-6",
 }
-DOCS = sections()
+DOCS = sections(3, 60)  # short: three ranks share two cores, and every prompt is computed twice
 
 
 def test_harm_is_found_and_stopped_within_a_few_requests(server):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 from harness import ROUNDING, SYSTEMS, alike, chat, sections, settled
 
+pytestmark = pytest.mark.gpu  # on a CPU: engine/test_reuse.py, on a tiny model and in seconds
 ARGUMENTS = ["--disable-overlap-schedule"]
 ENVIRONMENT = {"SGLANG_RADIX_FORCE_MISS": "1"}
 DOCS = sections()

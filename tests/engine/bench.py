@@ -40,6 +40,7 @@ class Ticket:
     finished: dict | None = None  # SGLang's reason
     input_logprobs: list[float] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
+    output_top_logprobs: list = field(default_factory=list)  # a list of values for each output token
     sent: dict = field(default_factory=dict)  # what the request asked for
 
     @property
@@ -178,6 +179,8 @@ class Bench:
                 ticket.input_logprobs += list(payload.input_token_logprobs_val[at])
             if payload.output_token_logprobs_val and payload.output_token_logprobs_val[at] is not None:
                 ticket.output_logprobs += list(payload.output_token_logprobs_val[at])
+            if payload.output_top_logprobs_val and payload.output_top_logprobs_val[at] is not None:
+                ticket.output_top_logprobs += list(payload.output_top_logprobs_val[at])
             ticket.finished = payload.finished_reasons[at]
 
     def _loop(self) -> None:

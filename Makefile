@@ -13,10 +13,10 @@ eval: setup       ## answer quality of every method on real text, small version 
 bench: setup      ## load test: stock SGLang (lpm) and ours on the same RAG and agent traces (under 15 minutes); out/bench
 	@.venv/bin/kvshare bench $(if $(wildcard /proc/driver/nvidia/version /dev/nvidia0),,--interleave 5) --traces benchmarks/traces/rag.jsonl,benchmarks/traces/agents.jsonl
 
-test: setup       ## everything: unit, property, ops, contract, then end-to-end on the real server
-	@.venv/bin/python -m pytest -q tests
+test: setup       ## everything: unit, property, ops, contract, then end-to-end on the real server. ARGS="..." are pytest's
+	@.venv/bin/python -m pytest -q $(ARGS) tests
 
-check: setup      ## style, import layers, SGLang's seams
+check: setup      ## style: format and lint, in seconds. Import rules and SGLang's seams: pytest tests/contract
 	@bash scripts/check.sh
 
 gpu-check: setup  ## everything that needs an NVIDIA GPU; benchmarks/gpu. ARGS="--stages ops,kernels", see --help

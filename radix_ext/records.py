@@ -23,7 +23,7 @@ class Namespace:
     )  # whose it is, as read from the key; a plain key names itself
 
     def __post_init__(self):
-        if self.owner is None:
+        if not self.owner:
             object.__setattr__(self, "owner", self.extra_key or "")
         for name in ("extra_key", "cache_salt", "lora_id"):
             object.__setattr__(self, name, getattr(self, name) or None)

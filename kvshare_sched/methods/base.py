@@ -20,18 +20,35 @@ if TYPE_CHECKING:
 class MethodSettings(Protocol):
     """What a method may know of the settings of a request."""
 
-    ratio: float  # share of the reused tokens that may be recomputed
-    check_layer: int
-    forced_head: int  # first tokens of a segment that are always recomputed
+    @property
+    def ratio(self) -> float:
+        """Share of the reused tokens that may be recomputed."""
+
+    @property
+    def check_layer(self) -> int: ...
+
+    @property
+    def forced_head(self) -> int:
+        """First tokens of a segment that are always recomputed."""
 
 
 class Work(Protocol):
     """What a stretch of a prompt consists of, in tokens; `records.plan.Counts` is one."""
 
-    reused: int
-    forced: int  # of those, recomputed whatever the score says
-    doubtful: float  # reused, each weighted by how much of its left context is foreign
-    lone: int  # positive where most reused text has a single donor
+    @property
+    def reused(self) -> int: ...
+
+    @property
+    def forced(self) -> int:
+        """Of the reused tokens, those recomputed whatever the score says."""
+
+    @property
+    def doubtful(self) -> float:
+        """The reused tokens, each weighted by how much of its left context is foreign."""
+
+    @property
+    def lone(self) -> int:
+        """Positive where most reused text has a single donor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from harness import SYSTEMS, alike, chat, sections, settled
 
 from kvshare_sched.client.http import kl_divergence
 
+pytestmark = pytest.mark.gpu  # on a CPU: engine/test_chunks_of_pages.py, on tiny models and in seconds
 ARGUMENTS = [
     *("--page-size", "16"),
     *("--chunked-prefill-size", "256"),

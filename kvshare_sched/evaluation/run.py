@@ -45,7 +45,7 @@ def run(
     render = renderer(path)
     print("starting stock SGLang with the kvshare backend ...", flush=True)
     # An audit would leave the exact KV of a prompt behind that the next method is to reuse.
-    environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, folder / "eval-launch.log"
+    environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, folder / "eval-server.log"
     with launch.running([*arguments, "--log-level", "warning"], env=environment, log=log) as url:
         client = Client(url)
         chosen = fitting(chosen, render, client.context_length())

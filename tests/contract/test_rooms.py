@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvshare_sched.methods.registry import names
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
     "kvshare_kernels": ROOT / "kernels" / "kvshare_kernels",
@@ -119,3 +121,75 @@ def test_importing_the_packages_is_instant():
         "sys.exit('torch' in sys.modules or 'sglang' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- words and sizes ----
+
+METHOD_NAMES = set(names())
+FUNCTION, PARAMETERS, MODULE, SIBLINGS = 60, 7, 400, 20  # lines, count, lines, count
+KERNELS_WITH_MANY_POINTERS = "kernels/kvshare_kernels/triton_"
+# Larger than that today, and not to grow: name -> lines or parameters.
+LARGE = {
+    "kvshare_sched.engine.sglang.waiting_queue": 415,
+    "kvshare_sched.tools.cli._parser": 110,
+    "kvshare_sched.loadtest.run.run": 65,
+    "kvshare_sched.tenants.file.parse": 64,
+}
+MANY_PARAMETERS = {
+    "kvshare_sched.loadtest.run.run": 16,
+    "kvshare_sched.loadtest.compare.compare": 12,
+    "kvshare_sched.evaluation.run.run": 9,
+}
+
+
+def functions(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_no_module_outside_methods_compares_the_name_of_one():
+    for module, path in MODULES.items():
+        if module.startswith(
+            ("kvshare_sched.methods", "kvshare_sched.evaluation")
+        ):  # an evaluation is asked for by name
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                compared = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+                assert not compared & METHOD_NAMES, f"{module}:{node.lineno} compares {compared & METHOD_NAMES}"
+
+
+def test_the_runtime_assigns_nothing_to_a_session():
+    for module, path in MODULES.items():
+        if not module.startswith(
+            ("kvshare_sched.runtime", "kvshare_sched.methods", "kvshare_sched.engine.sglang.batches")
+        ):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                owner = ast.unparse(node.value)
+                assert owner.rsplit(".", 1)[-1] != "session", f"{module}:{node.lineno} assigns to {owner}.{node.attr}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_sizes(module):
+    path = MODULES[module]
+    lines = len(path.read_text().splitlines())
+    assert lines <= LARGE.get(module, MODULE), f"{module} has {lines} lines"
+    for node in functions(path):
+        length = node.end_lineno - node.lineno + 1
+        name = f"{module}.{node.name}"
+        assert length <= LARGE.get(name, FUNCTION), f"{name} has {length} lines"
+        if str(path.relative_to(ROOT)).startswith(KERNELS_WITH_MANY_POINTERS):
+            continue
+        args = node.args
+        count = sum(a.arg not in ("self", "cls") for a in (*args.posonlyargs, *args.args, *args.kwonlyargs))
+        assert count <= MANY_PARAMETERS.get(name, PARAMETERS), f"{name} has {count} parameters"
+
+
+def test_folders_are_small():
+    folders = {path.parent for path in MODULES.values()}
+    for folder in folders:
+        modules_in = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
+        assert len(modules_in) <= SIBLINGS, f"{folder} has {len(modules_in)} modules"

@@ -40,7 +40,7 @@ def main() -> None:
     pairs = options.parse_args().pairs
     rng = random.Random(20260730)
     arguments = launch.fill_defaults(["--model-path", str(model.prepare())])
-    with launch.running(arguments, log=Path("out/overhead-launch.log")) as url:
+    with launch.running(arguments, log=Path("out/overhead-server.log")) as url:
         client = Client(url)
 
         def seconds(reuse: bool) -> float:

@@ -108,7 +108,7 @@ def main() -> None:
     options = options.parse_args()
     arguments = [*launch.fill_defaults(["--model-path", str(model.prepare())]), *launch.SMALL_POOL]
     arguments += ["--log-level", "warning", "--enable-custom-logit-processor"]
-    environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, Path("out/repair-launch.log")
+    environment, log = {"KVSHARE_AUDIT_SHARE": "0"}, Path("out/repair-server.log")
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}
     with launch.running(arguments, env=environment, log=log) as url:
         bench = Bench(Client(url))

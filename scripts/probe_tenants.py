@@ -205,7 +205,7 @@ def main() -> None:
         "KVSHARE_AUDIT_SHARE": "0",
     }
     print("starting the server", flush=True)
-    with launch.running(arguments, env=environment, log=Path("out/probe-launch.log")) as url:
+    with launch.running(arguments, env=environment, log=Path("out/probe-server.log")) as url:
         found = run(Probe(url, options.seconds))
     settings = {"server": SERVER, "asked_about_one_secret": ASKED, "tail_tokens": TAIL, "order_tokens": IN_ORDER}
     settings |= {"busy_tokens": BUSY, "hide_reuse": HIDE_REUSE, "seconds": options.seconds, "cpu": platform.processor()}

@@ -106,7 +106,7 @@ def main() -> int:
         file.write_text(tenants_file())
         environment = SETTINGS | {"KVSHARE_TENANTS_FILE": str(file), "KVSHARE_LIBRARY": str(library)}
         arguments = launch.fill_defaults(["--model-path", str(model.prepare()), *launch.SMALL_POOL])
-        with launch.running(arguments, env=environment, log=Path("out/tour-launch.log")) as url:
+        with launch.running(arguments, env=environment, log=Path("out/tour-server.log")) as url:
             visitors = [
                 Visitor(url, name, [next(rest) for _ in range(OWN)] + shared * ("handbook" in given), encode)
                 for name, given in TENANTS.items()

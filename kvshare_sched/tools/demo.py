@@ -120,7 +120,7 @@ def run(*, cases: int, out: str) -> int:
     arguments = [*launch.fill_defaults(["--model-path", str(path)]), "--log-level", "warning"]
     print("starting stock SGLang with the kvshare backend ...", flush=True)
     # An audit would leave exact KV of a measured prompt behind, and every case is asked twice.
-    with launch.running(arguments, env={"KVSHARE_AUDIT_SHARE": "0"}, log=folder / "demo-launch.log") as url:
+    with launch.running(arguments, env={"KVSHARE_AUDIT_SHARE": "0"}, log=folder / "demo-server.log") as url:
         client = Client(url)
         sections = library(client)
         client.generate(prompt_of("Warm up.", sections[-2:], "?"), new_tokens=2, namespace="warm-up")

@@ -27,7 +27,7 @@ WHY = {
     Reason.QUALITY: "answers of this tenant missed the quality target; it is tried again by and by",
     Reason.RETRACTED: "SGLang took its memory back once; it ran again as ordinary prefill",
     Reason.NO_MEMORY: "with its donors pinned the request did not fit into the KV pool",
-    Reason.RENEWED: "computed again and again behind borrowed text, so this time exactly: the next ones find it",
+    Reason.PROMOTED: "computed again and again behind borrowed text, so this time exactly: the next ones find it",
     Reason.DONOR_LOST: "the donors were evicted between matching and reading, or the weights were replaced",
     Reason.MIXED_INPUT: "another request of its batch brought embeddings, so all of the batch was computed in full",
     Reason.ERROR: "an error in kvshare-sched; the rest ran as ordinary prefill, the log has the trace",
@@ -77,8 +77,8 @@ def sections(record: dict) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
     tokens += [("of reused: recomputed", report["recomputed"], ""), ("prompt", prompt, "")]
     if report["discovered"]:
         tokens.append(("could have been reused (mode discover)", report["discovered"], ""))
-    if report["renewed"]:
-        tokens.append(("of fresh: could have been reused, computed exactly for the next ones", report["renewed"], ""))
+    if report["promoted"]:
+        tokens.append(("of fresh: could have been reused, computed exactly for the next ones", report["promoted"], ""))
     ordinary = (prompt - report["exact"]) * report["layers"]
     plan = [
         ("outcome", f"{report['outcome']}, {report['reason']}: {WHY[Reason(report['reason'])]}"),

@@ -106,7 +106,7 @@ class ShareMetrics(_Recorder):
             self._add("tenant_prompt_tokens", getattr(report, origin), tenant, origin)
         self._add("recomputed_tokens", report.recomputed)
         self._add("discovered_tokens", report.discovered)
-        self._add("renewed_tokens", report.renewed)
+        self._add("promoted_tokens", report.promoted)
         self._add("prefill_cells", report.computed_cells)
         self._add("saved_prefill_seconds", max(0.0, report.saved_s))
         self._add("lost_prefill_seconds", max(0.0, -report.saved_s))

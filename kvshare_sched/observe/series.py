@@ -82,7 +82,7 @@ SERIES = (
     Series("counter", "recomputed_tokens", "Reused prompt tokens whose KV was computed again in prefill."),
     Series("counter", "repaired_tokens", "Prompt tokens whose KV was computed again while decoding."),
     Series("counter", "discovered_tokens", "Prompt tokens that could have been reused (mode discover)."),
-    Series("counter", "renewed_tokens", "Prompt tokens computed exactly that could have been reused."),
+    Series("counter", "promoted_tokens", "Prompt tokens computed exactly that could have been reused."),
     Series(
         "counter",
         "requests",

@@ -34,7 +34,7 @@ class ShareReport:
     match_s: float = field(default=0.0)
     copy_s: float = field(default=0.0)
     recompute_s: float = field(default=0.0)
-    renewed: int = 0  # fresh tokens that could have been reused, see `renewal`
+    promoted: int = 0  # fresh tokens that could have been reused, see `promotion`
 
     def __post_init__(self):
         if min(self.exact, self.reused, self.recomputed, self.fresh) < 0 or self.recomputed > self.reused:

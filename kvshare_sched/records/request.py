@@ -59,7 +59,7 @@ class Reason(StrEnum):
     QUALITY = "quality"  # reuse is off for this tenant until it holds its target
     RETRACTED = "retracted"  # re-admitted after a retraction
     NO_MEMORY = "no_memory"  # with its donors pinned the request does not fit
-    RENEWED = "renewed"  # computed exactly because it has been computed again and again behind borrowed text
+    PROMOTED = "promoted"  # computed exactly because it has been computed again and again behind borrowed text
     DONOR_LOST = "donor_lost"  # the donors left the tree between matching and leasing
     MIXED_INPUT = "mixed_input"  # another request of its batch brought embeddings for its tokens
     ERROR = "error"  # anything unexpected in our code

@@ -107,8 +107,8 @@ class Pipeline:
             return Reason.NONE
         # Who scores an answer sends it back, and means reuse; a setting of one's own is to be seen at work.
         measures = view.wishes or view.fresh_from < view.prompt_len - 1
-        if not measures and (plan := self._renewed(view, plan, session)) is None:
-            return Reason.RENEWED
+        if not measures and (plan := self._promoted(view, plan, session)) is None:
+            return Reason.PROMOTED
         session.leases = self.lending.lease(plan.segments)
         session.plan, session.outcome = plan, Outcome.REUSED
         if session.config.repair_rows:
@@ -121,7 +121,7 @@ class Pipeline:
         plan = build_plan(view, segments, session.method, session.config, self.costs)
         return Reason.QUALITY if refused and isinstance(plan, ReusePlan) else plan
 
-    def _renewed(self, view: RequestView, plan: ReusePlan, session: Session) -> ReusePlan | None:
+    def _promoted(self, view: RequestView, plan: ReusePlan, session: Session) -> ReusePlan | None:
         """What is left of a plan behind the text that is to be computed exactly; None when nothing is worth it."""
         config, method, layers = session.config, session.method, self.costs.layers
         if config.ratio >= 1 or method.reference:
@@ -136,10 +136,10 @@ class Pipeline:
         rest = (s.clip(until, s.end) for s in plan.segments)
         left = build_plan(view, tuple(s for s in rest if s is not None), method, config, self.costs)
         if isinstance(left, ReusePlan):
-            session.renewed = plan.reused_len - left.reused_len
+            session.promoted = plan.reused_len - left.reused_len
             session.bill = replace(bill, exact_until=left.approximate_from)
             return left
-        session.renewed = plan.reused_len  # what is left is too little
+        session.promoted = plan.reused_len  # what is left is too little
         return None
 
     def begin(self, session: Session) -> None:
@@ -238,7 +238,7 @@ class Pipeline:
     ) -> None:
         """The request's KV row was given back: finished or aborted, or retracted when not `finished`.
 
-        said(): its prompt and the first `renewal.ANSWER` tokens of its answer, int64; None when there is no answer.
+        said(): its prompt and the first `promotion.ANSWER` tokens of its answer, int64; None when there is no answer.
         """
         if session.ended:
             return

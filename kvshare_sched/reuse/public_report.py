@@ -24,7 +24,7 @@ def told(
     left, layers = true.prompt_len - true.exact, costs.layers
     nothing = replace(
         true,
-        **{"reused": 0, "recomputed": 0, "fresh": left, "donors": 0, "discovered": 0, "renewed": 0},
+        **{"reused": 0, "recomputed": 0, "fresh": left, "donors": 0, "discovered": 0, "promoted": 0},
         **{"computed_cells": left * layers, "match_s": 0.0, "copy_s": 0.0, "recompute_s": 0.0},
         **{"expected_cells": 0, "expected_s": 0.0, "saved_s": 0.0},
     )

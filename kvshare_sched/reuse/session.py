@@ -75,8 +75,8 @@ class Session:
     match_s: float = 0.0
     started_s: float = 0.0  # when it was admitted, by `time.perf_counter`; decides nothing
     leases: dict[int, DonorLease] = field(default_factory=dict)
-    bill: Bill | None = None  # what it computes exactly, and what others will compute again, see `renewal`
-    renewed: int = 0  # tokens computed exactly that could have been reused
+    bill: Bill | None = None  # what it computes exactly, and what others will compute again, see `promotion`
+    promoted: int = 0  # tokens computed exactly that could have been reused
     done_upto: int = 0  # prompt tokens whose chunk has run
     recomputed: int = 0
     repaired: int = 0  # rows computed again while decoding
@@ -196,7 +196,7 @@ class Session:
             reason=self.reason,
             donors=donors,
             discovered=self.discovered,
-            renewed=self.renewed if self.plan is not None or self.reason is Reason.RENEWED else 0,
+            promoted=self.promoted if self.plan is not None or self.reason is Reason.PROMOTED else 0,
             strategy=self.config.strategy,
             computed_cells=computed,
             layers=costs.layers,

@@ -92,17 +92,17 @@ def test_a_conversation_over_borrowed_text_is_computed_exactly_from_its_second_t
         reports.append(settled(answer) | {"prompt": len(said)})
         more = f"<|im_end|>\n<|im_start|>user\n{DOCS[10 + turn][:200]}<|im_end|>\n<|im_start|>assistant\n"
         said = [*said, *answer.token_ids, *server.tokenize(more)]
-    assert reports[0]["reused"] and reports[1]["renewed"] == reports[0]["reused"]
-    assert (reports[1]["outcome"], reports[1]["reason"]) == ("ordinary", "renewed")
+    assert reports[0]["reused"] and reports[1]["promoted"] == reports[0]["reused"]
+    assert (reports[1]["outcome"], reports[1]["reason"]) == ("ordinary", "promoted")
     for before, after in itertools.pairwise(reports[1:]):
-        assert after["exact"] >= before["prompt"] and after["renewed"] == 0, "from then on as stock SGLang"
+        assert after["exact"] >= before["prompt"] and after["promoted"] == 0, "from then on as stock SGLang"
     cold = server.generate(said, new_tokens=8, namespace=server.namespace(), reuse=False)
     assert alike(server.generate(said, new_tokens=8, namespace=tenant, reuse=False), cold)
 
 
 def test_the_same_beginning_over_and_over_is_computed_exactly_in_the_end(server, tenant):
     reports = [settled(server.generate(moved(f"{i}?"), new_tokens=1, namespace=tenant)) for i in range(12)]
-    bought = next(number for number, report in enumerate(reports) if report["renewed"])
+    bought = next(number for number, report in enumerate(reports) if report["promoted"])
     assert bought > 2 and all(report["reused"] for report in reports[:bought])
     assert all(report["exact"] > 0.9 * reports[0]["reused"] for report in reports[bought + 1 :])
 

@@ -188,7 +188,7 @@ def test_what_is_computed_again_and_again_is_computed_exactly_once():
             f"r{other}", np.concatenate((text(9, 10), text(1), text(8, 60), text(other), text(7, 15)))
         )
         world.pipeline.chunk_done(session, session.prompt_len)
-        found.append((session.plan.reused_len, session.report(COSTS).renewed, session.plan.approximate_from))
+        found.append((session.plan.reused_len, session.report(COSTS).promoted, session.plan.approximate_from))
         world.pipeline.release(session.rid)
     # 45 are paid for the new text and 63 for the borrowed one before it, whose price is 37.
     assert found == [(200, 0, 10), (100, 100, 170), (200, 0, 10), (100, 100, 170), (200, 0, 10)]
@@ -202,17 +202,17 @@ def test_a_prompt_bought_to_the_end_borrows_nothing():
         session = world.begin(f"r{number}", prompt)
         reasons.append(session.reason)
         world.pipeline.release(session.rid)
-    assert reasons == [Reason.NONE, Reason.RENEWED] * 2
-    assert (session.report(COSTS).renewed, world.tree.active) == (200, 0)
+    assert reasons == [Reason.NONE, Reason.PROMOTED] * 2
+    assert (session.report(COSTS).promoted, world.tree.active) == (200, 0)
 
 
-def test_who_measures_or_discovers_is_not_renewed():
+def test_who_measures_or_discovers_is_not_promoted():
     measuring = {"wishes": {"ratio": 0.25}}, {"fresh_from": 265}, {}
     for settings, changes in zip(({}, {}, {"mode": "discover"}), measuring, strict=True):
         world, prompt = World(ratio=0.25, **settings), np.concatenate((text(9, 10), text(1), text(2), text(8, 60)))
         for number in range(8):
             session = world.begin(f"r{number}", prompt, **changes)
-            assert (session.reason, session.report(COSTS).renewed) == (Reason.NONE, 0)
+            assert (session.reason, session.report(COSTS).promoted) == (Reason.NONE, 0)
             world.pipeline.release(session.rid)
 
 

@@ -103,7 +103,7 @@ def test_every_change_counts(world):
 
 def test_what_a_prompt_has_paid_counts_no_longer(world):
     """Whoever borrows the same again and again computes it exactly, once: by the old weights."""
-    for change, reason in ((False, Reason.RENEWED), (True, Reason.NONE)):
+    for change, reason in ((False, Reason.PROMOTED), (True, Reason.NONE)):
         world.compute(text(1))
         assert world.begin(borrowing(1)).reason is Reason.NONE
         if change:

@@ -7,19 +7,13 @@ from kvshare_sched.settings import BACKEND, KVShareConfig
 def register() -> None:
     """Entry point of group `sglang.srt.plugins`; runs in every SGLang process, idempotent."""
     from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from kvshare_sched.engine.sglang import http_pages, http_reports, support
+    from kvshare_sched.engine.sglang import hooks
+    from kvshare_sched.engine.sglang.hooks import When
 
     if BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(BACKEND, _radix_cache)
-    hooks = {**support.hooks(), **http_reports.hooks(), **http_pages.hooks()}
-    if _with_tenants():
-        from kvshare_sched.engine.sglang import http_identity as tenant_hooks
-
-        hooks |= tenant_hooks.hooks()
-    for seam, hook in hooks.items():
-        HookRegistry.register(seam, hook, HookType.AROUND)
+    hooks.register(When.LOAD, *([When.LOAD_WITH_TENANTS] if _with_tenants() else []))
 
 
 def _with_tenants() -> bool:

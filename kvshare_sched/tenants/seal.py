@@ -67,8 +67,3 @@ def handle_generate_request(original, scheduler, recv_req, **more):
     recv_req.extra_key = recv_req.cache_salt = recv_req.session_id = recv_req.session_params = None
     params.custom_params = None
     return original(scheduler, recv_req, **{**more, "mm_input_error": "the sender of this request is not known"})
-
-
-def hooks() -> dict[str, object]:
-    """Seam -> hook body, all of kind AROUND."""
-    return {"sglang.srt.managers.scheduler.Scheduler.handle_generate_request": handle_generate_request}

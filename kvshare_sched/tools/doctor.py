@@ -23,8 +23,10 @@ def examine(arguments: list[str]) -> int:
     except ConfigError as problem:
         trouble.append(str(problem))
     trouble += _seams()
+    other_version = _version()
     if not trouble:
         trouble += _server(arguments)
+    trouble = list(dict.fromkeys([*other_version, *trouble]))
     for line in trouble:
         print(f"REFUSED  {line}")
     print("doctor: " + (f"{len(trouble)} problem(s)" if trouble else "ready to serve"))
@@ -47,7 +49,17 @@ def _installed() -> None:
     _line("device", "NVIDIA GPU" if has_nvidia_gpu() else "CPU (platform kvshare_cpu)")
 
 
+def _version() -> list[str]:
+    """A line when another SGLang is installed than the one we know."""
+    try:
+        from kvshare_sched.engine.sglang.support import version_refusal
+    except ImportError:  # told with the seams
+        return []
+    return [line] if (line := version_refusal()) else []
+
+
 def _seams() -> list[str]:
+    """A line for every place that this SGLang, whatever its version, does not have as we use it."""
     try:
         from kvshare_sched.engine.sglang.seams import SEAMS, problems
 

@@ -146,7 +146,7 @@ def test_layers_that_do_not_attend_to_everything_are_refused_by_name():
     ]
 
 
-@pytest.mark.parametrize("name", support._SETTINGS)
+@pytest.mark.parametrize("name", support.SETTINGS)
 def test_every_setting_that_is_not_fine_is_refused_by_name(name, monkeypatch):
     from sglang.srt.arg_groups import model_override_base
     from sglang.srt.model_executor.cuda_graph_config import Backend

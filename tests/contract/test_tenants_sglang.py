@@ -274,12 +274,14 @@ def test_a_document_is_sealed_for_its_namespace(monkeypatch):
 
 
 def test_an_engine_whose_hooks_were_not_put_in_place_does_not_start():
+    from kvshare_sched.engine.sglang import hooks
     from kvshare_sched.engine.sglang.wiring import check_hooked
     from kvshare_sched.errors import UnsupportedError
 
-    assert seal.hooks().keys() == {"sglang.srt.managers.scheduler.Scheduler.handle_generate_request"}
+    places = list(hooks.bodies(hooks.When.CACHE_WITH_TENANTS))
+    assert places == ["sglang.srt.managers.scheduler.Scheduler.handle_generate_request"]
     with pytest.raises(UnsupportedError, match="handle_generate_request could not be hooked"):
-        check_hooked(seal.hooks())
+        check_hooked(places)
     check_hooked(["test_tenants_sglang.hooked"])
 
 
@@ -357,13 +359,14 @@ def test_the_edge_is_hooked_only_with_a_tenants_file(file, monkeypatch):
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from kvshare_sched import plugin
+    from kvshare_sched.engine.sglang import hooks
 
     places = []
     monkeypatch.setattr(HookRegistry, "register", lambda place, hook, kind: places.append(place))
     monkeypatch.setenv("KVSHARE_TENANTS_FILE", file)
     plugin.register()
-    assert len(places) > 5 and (http_identity.hooks().keys() <= set(places)) == bool(file)
-    assert bool(file) or not http_identity.hooks().keys() & set(places)
+    edge = {hook.place for hook in hooks.HOOKS if hook.when == hooks.When.LOAD_WITH_TENANTS}
+    assert len(places) > 5 and len(edge) > 3 and edge & set(places) == (edge if file else set())
 
 
 def test_what_would_go_past_the_edge_is_refused(monkeypatch, tmp_path):

@@ -77,7 +77,7 @@ def test_a_trace_that_the_client_may_have_begun_tells_nothing_of_a_hidden_reques
     for stamp, expected in ((HIDDEN, []), (OPEN, [600])):
         session, _ = admitted(world, stamp, prompt(1))
         req = SimpleNamespace(customized_info={"kvshare": []}, sampling_params=SimpleNamespace(max_new_tokens=4))
-        reports._tell(req, session, world.pipeline, session.report(COSTS))
+        reports.tell(req, session, world.pipeline, session.report(COSTS))
         assert marked == expected
 
 

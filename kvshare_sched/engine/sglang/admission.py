@@ -1,4 +1,4 @@
-"""SGLang's objects on one side, our records on the other: views of requests, what travels with them, admission."""
+"""Admission: reuse is planned when SGLang's adder takes a request, and the adder is charged what will run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import functools
 import logging
 from dataclasses import replace
 
-from kvshare_sched.engine.sglang.reports import _tell, request_level_key
-from kvshare_sched.engine.sglang.requests import init_forward_batch, is_probe, namespace_of, stamp_of, view_of
+from kvshare_sched.engine.sglang.hooks import pipeline_of
+from kvshare_sched.engine.sglang.reports import tell
+from kvshare_sched.engine.sglang.requests import is_probe, namespace_of, stamp_of, view_of
 from kvshare_sched.records.request import Outcome, Reason
 from kvshare_sched.reuse.session import attach, session_of
 
@@ -15,15 +16,9 @@ logger = logging.getLogger(__name__)
 _ROWS = 8  # rows of a pass for every token of its budget, at most
 
 
-# ---- requests ----
-
-
-# ---- scheduler hooks ----
-
-
 def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
     """Around `PrefillAdder.add_one_req`: plan and pin at admission, charge only the rows that will run."""
-    pipeline = getattr(adder.tree_cache, "pipeline", None)
+    pipeline = pipeline_of(adder)
     args = (has_chunked_req, *args)
     if pipeline is None:
         return original(adder, req, *args, **kwargs)
@@ -56,7 +51,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
             result, admitted = _charged(original, pipeline, session, adder, req, budget, *args, **kwargs)
         if not admitted:
             return result
-    session.on_report = functools.partial(_tell, req, session, pipeline)
+    session.on_report = functools.partial(tell, req, session, pipeline)
     attach(req, session)
     pipeline.begin(session)
     if adder.new_chunked_req is req:
@@ -67,7 +62,7 @@ def add_one_req(original, adder, req, has_chunked_req, *args, **kwargs):
 def add_chunked_req(original, adder, req, *args, **kwargs):
     """Around `PrefillAdder.add_chunked_req`: the same charge for the later chunks of a long prompt, and memory for
     its rest."""
-    pipeline = getattr(adder.tree_cache, "pipeline", None)
+    pipeline = pipeline_of(adder)
     if pipeline is None:
         return original(adder, req, *args, **kwargs)
     unfinished = req
@@ -176,31 +171,7 @@ def change_weights(original, manager, recv_req):
 
     Before, because SGLang flushes its tree behind the change, if it is asked to and can.
     """
-    pipeline = getattr(manager.scheduler.tree_cache, "pipeline", None)
+    pipeline = pipeline_of(manager.scheduler)
     if pipeline is not None:
         pipeline.weights_change()
     return original(manager, recv_req)
-
-
-_WEIGHTS = (
-    "update_weights_from_disk",
-    "update_weights_from_distributed",
-    "update_weights_from_tensor",
-    "update_weights_from_ipc",
-    "begin_weight_update",
-    "end_weight_update",
-)
-
-
-def scheduler_hooks() -> dict[str, object]:
-    """Seam -> hook body, all of kind AROUND."""
-    parts = "sglang.srt.managers.scheduler_components"
-    updater = f"{parts}.weight_updater.SchedulerWeightUpdaterManager"
-    streamer = f"{parts}.output_streamer.SchedulerOutputStreamer"
-    return {
-        **{f"{updater}.{name}": change_weights for name in _WEIGHTS},
-        f"{streamer}.is_request_level_customized_info_key": request_level_key,
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req": add_one_req,
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req": add_chunked_req,
-        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": init_forward_batch,
-    }

@@ -6,6 +6,7 @@ import logging
 import time
 from array import array
 
+from kvshare_sched.engine.sglang.hooks import pipeline_of
 from kvshare_sched.engine.sglang.requests import REPORT_KEY, namespace_of
 from kvshare_sched.quality.audit import Audit, Auditor
 from kvshare_sched.reuse.session import Session, session_of, sessions_of
@@ -32,7 +33,7 @@ def on_idle(original, scheduler, *args, **kwargs):
     Every rank comes here in the same pass of its loop, with the same queue. With a request waiting the original
     neither checks nor sleeps, so the next pass runs it.
     """
-    auditor = _auditor(scheduler.tree_cache)
+    auditor = _auditor(scheduler)
     if auditor is not None and scheduler.is_fully_idle() and _may_compute(scheduler, auditor):
         allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
         room = min(
@@ -70,7 +71,7 @@ def process_input_requests(original, scheduler, recv_reqs):
     and more. A client cannot know of a piece of ours. So one that waits is taken back, and when one runs, which takes a
     few passes, the operator's request and all behind it wait for its end.
     """
-    auditor = _auditor(scheduler.tree_cache)
+    auditor = _auditor(scheduler)
     if auditor is None:
         return original(scheduler, recv_reqs)
     recv_reqs = [*auditor.held_back, *recv_reqs]
@@ -114,7 +115,7 @@ def _withdrawn(scheduler, auditor: Auditor) -> bool:
 
 def stream_output(original, streamer, reqs, *args, **kwargs):
     """Around `SchedulerOutputStreamer.stream_output`: learn who has finished; a reference goes to nobody."""
-    pipeline = getattr(streamer.tree_cache, "pipeline", None)
+    pipeline = pipeline_of(streamer)
     if pipeline is None:
         return original(streamer, reqs, *args, **kwargs)
     auditor = pipeline.auditor
@@ -141,14 +142,14 @@ def unload_lora_adapter(original, scheduler, recv_req):
 
     A request whose adapter is gone would stop the scheduler; none of ours is in the engine then.
     """
-    auditor = _auditor(scheduler.tree_cache)
+    auditor = _auditor(scheduler)
     if auditor is not None and recv_req.lora_id:
         auditor.forget("unloaded", lambda audit: audit.namespace.lora_id == recv_req.lora_id)
     return original(scheduler, recv_req)
 
 
-def _auditor(cache) -> Auditor | None:
-    pipeline = getattr(cache, "pipeline", None)
+def _auditor(scheduler) -> Auditor | None:
+    pipeline = pipeline_of(scheduler)
     return None if pipeline is None else pipeline.auditor
 
 
@@ -207,13 +208,3 @@ def reference_of(req) -> tuple:
     if not rows or not best:
         return None, None
     return rows[1:], [ids[0] for ids in best[1:]]
-
-
-def hooks() -> dict[str, object]:
-    """Seam -> hook body, all of kind AROUND."""
-    return {
-        "sglang.srt.managers.scheduler.Scheduler.on_idle": on_idle,
-        "sglang.srt.managers.scheduler.Scheduler.process_input_requests": process_input_requests,
-        "sglang.srt.managers.scheduler.Scheduler.unload_lora_adapter": unload_lora_adapter,
-        "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output": stream_output,
-    }

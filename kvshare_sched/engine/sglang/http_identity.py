@@ -12,6 +12,7 @@ import logging
 import socket
 from collections.abc import Mapping
 
+from kvshare_sched.engine.sglang import hooks
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.tenants import delayed_answers
 from kvshare_sched.tenants.admin import Admin
@@ -120,7 +121,8 @@ def _install(server_args, manager, pool: int) -> None:
     settings = resolved_view(server_args)
     if settings.radix_cache_backend != BACKEND:
         return
-    for name in ("generate_request", "_stream_one_response", "_send_one_request", "_send_batch_request"):
+    hooked = (hook.place.rpartition(".") for hook in hooks.HOOKS if hook.when == hooks.When.LOAD_WITH_TENANTS)
+    for name in (name for owner, _, name in hooked if owner.endswith(".TokenizerManager")):
         if not hasattr(getattr(TokenizerManager, name), "__wrapped__"):
             raise SystemExit(f"kvshare: TokenizerManager.{name} is not hooked; tenants could not be told apart.")
     config = KVShareConfig.load()
@@ -176,15 +178,3 @@ def mark_of(settings, model, weights: str) -> str:
         *(settings.kv_cache_dtype, settings.page_size),
         *(getattr(text, "rope_theta", None), getattr(text, "rope_scaling", None), __version__),
     )
-
-
-def hooks() -> dict[str, object]:
-    """Seam -> hook body, all of kind AROUND."""
-    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-    return {
-        f"{manager}.generate_request": generate_request,
-        f"{manager}._stream_one_response": stream_one,
-        f"{manager}._send_one_request": send_one,
-        f"{manager}._send_batch_request": send_batch,
-        "sglang.srt.entrypoints.http_server._setup_and_run_http_server": run_http_server,
-    }

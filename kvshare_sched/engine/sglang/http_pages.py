@@ -149,8 +149,3 @@ def add_prometheus_middleware(original, app):
     if server_args is not None and resolved_view(server_args).radix_cache_backend == BACKEND:
         app.router.routes.extend(routes())
     return original(app)
-
-
-def hooks() -> dict[str, object]:
-    """Seam -> hook body, all of kind AROUND."""
-    return {"sglang.srt.utils.common.add_prometheus_middleware": add_prometheus_middleware}

@@ -17,7 +17,7 @@ from kvshare_sched.observe import recent_requests
 from kvshare_sched.tenants.delayed_answers import DELAY, HOLD_KEY, Hold, delay_s
 
 _ATTRIBUTE = "kvshare_report"
-_KEYS = {"kvshare", "kvshare_whole"}  # as `sglang_adapter` names them
+_KEYS = {"kvshare", "kvshare_whole"}  # `requests.REPORT_KEY` and `reports.WHOLE_KEY`
 _RECENT = 8192  # answers whose report a stream may still ask for
 _recent: OrderedDict[str, dict] = OrderedDict()  # request id -> report
 
@@ -72,17 +72,3 @@ def _with_report(chunk: str) -> str:
         return chunk
     data["metadata"] = {**(data.get("metadata") or {}), "kvshare": [report] * len(data["choices"])}
     return f"data: {json.dumps(data)}\n\n"
-
-
-_OPENAI = "sglang.srt.entrypoints.openai"
-
-
-def hooks() -> dict[str, object]:
-    """Seam -> hook body, all of kind AROUND."""
-    return {
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info": update_request_meta_info,
-        f"{_OPENAI}.serving_chat.OpenAIServingChat._build_chat_response": build_response,
-        f"{_OPENAI}.serving_chat.OpenAIServingChat._generate_chat_stream": stream,
-        f"{_OPENAI}.serving_completions.OpenAIServingCompletion._build_completion_response": build_response,
-        f"{_OPENAI}.serving_completions.OpenAIServingCompletion._generate_completion_stream": stream,
-    }

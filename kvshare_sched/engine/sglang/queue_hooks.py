@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from kvshare_sched.engine.sglang.hooks import queue_of
 from kvshare_sched.engine.sglang.waiting_queue import ServerQueue
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def calc_priority(original, policy, waiting_queue, *args, **kwargs):
     """
     before = list(waiting_queue)
     result = original(policy, waiting_queue, *args, **kwargs)
-    queue = getattr(policy.tree_cache, "queue", None)
+    queue = queue_of(policy)
     if queue is not None and before and (ordered := queue.order(before, policy)) is not None:
         waiting_queue[:] = ordered
     return result
@@ -48,7 +49,7 @@ def calc_priority(original, policy, waiting_queue, *args, **kwargs):
 
 def chunk_limit(original, policy, chunked_req, waiting_queue, budget, page_size):
     """Around `SchedulePolicy.shortest_prefill_chunk_limit`: a long prompt leaves room for shorter ones."""
-    queue = getattr(policy.tree_cache, "queue", None)
+    queue = queue_of(policy)
     if queue is None:
         return original(policy, chunked_req, waiting_queue, budget, page_size)
     return queue.chunk_limit(chunked_req, budget, page_size)
@@ -61,7 +62,7 @@ def add_one_req(original, adder, req, *args, **kwargs):
     """
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    queue = getattr(adder.tree_cache, "queue", None)
+    queue = queue_of(adder)
     if queue is None:
         return original(adder, req, *args, **kwargs)
     if not queue.may_start(req):
@@ -79,7 +80,7 @@ def add_one_req(original, adder, req, *args, **kwargs):
 
 def preempt_to_schedule(original, adder, req, *args, **kwargs):
     """Around `PrefillAdder.preempt_to_schedule`: nobody loses its memory to a request that is then refused."""
-    queue = getattr(adder.tree_cache, "queue", None)
+    queue = queue_of(adder)
     if queue is not None and not queue.may_preempt(req, adder):
         return False
     return original(adder, req, *args, **kwargs)
@@ -89,7 +90,7 @@ def add_chunked_req(original, adder, req, *args, **kwargs):
     """Around `PrefillAdder.add_chunked_req`: the later chunks of a long prompt are charged when they run."""
     before = len(adder.can_run_list)
     result = original(adder, req, *args, **kwargs)
-    queue = getattr(adder.tree_cache, "queue", None)
+    queue = queue_of(adder)
     if queue is not None and len(adder.can_run_list) > before:
         queue.continued(req, unfinished=result is not None)
     return result
@@ -97,21 +98,7 @@ def add_chunked_req(original, adder, req, *args, **kwargs):
 
 def on_idle(original, scheduler, *args, **kwargs):
     """Around `Scheduler.on_idle`: clients that gave up while they waited are not shown as waiting for ever."""
-    queue = getattr(scheduler.tree_cache, "queue", None)
+    queue = queue_of(scheduler)
     if queue is not None and queue.waits and scheduler.is_fully_idle():
         queue.idle()
     return original(scheduler, *args, **kwargs)
-
-
-def hooks() -> dict[str, object]:
-    """Seam -> hook body, all of kind AROUND."""
-    adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
-    policy = "sglang.srt.managers.schedule_policy.SchedulePolicy"
-    return {
-        f"{policy}.calc_priority": calc_priority,
-        f"{policy}.shortest_prefill_chunk_limit": chunk_limit,
-        f"{adder}.add_one_req": add_one_req,
-        f"{adder}.add_chunked_req": add_chunked_req,
-        f"{adder}.preempt_to_schedule": preempt_to_schedule,
-        "sglang.srt.managers.scheduler.Scheduler.on_idle": on_idle,
-    }

@@ -30,7 +30,7 @@ def attach_report(req, session, report, pipeline) -> None:
     req.customized_info = info | {key: [told]}
 
 
-def _tell(req, session, pipeline, report) -> None:
+def tell(req, session, pipeline, report) -> None:
     """The report is known: to the client with the answer, to the pages, and to SGLang's trace of the request, which the
     client may have begun."""
     attach_report(req, session, report, pipeline)

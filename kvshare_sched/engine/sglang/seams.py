@@ -6,10 +6,17 @@ fails first, with a readable line.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import inspect
 import pkgutil
+import textwrap
+from collections import defaultdict
 from dataclasses import dataclass
+
+from kvshare_sched.engine.sglang import support
+from kvshare_sched.engine.sglang.hooks import HOOKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +31,39 @@ class Seam:
         """None when the installed SGLang has it, else what is wrong."""
         try:
             found = pkgutil.resolve_name(self.path)
+            known = _members(found) if self.kind == "members" else _parameters(found) if self.names else ()
         except Exception as error:
             return f"{self.path}: not found ({type(error).__name__}: {error})"
-        missing = [name for name in self.names if name not in _names_of(found, self.kind)]
+        missing = [name for name in self.names if name not in known]
         return f"{self.path}: without {', '.join(missing)}" if missing else None
 
 
-def _names_of(found, kind: str) -> set[str]:
-    if kind == "parameters":
-        return set(inspect.signature(found).parameters)
-    names = set(dir(found))
-    for cls in inspect.getmro(found) if inspect.isclass(found) else ():
-        names |= set(getattr(cls, "__annotations__", ()))
-        if dataclasses.is_dataclass(cls):
-            names |= {f.name for f in dataclasses.fields(cls)}
-    return names
+def _parameters(found) -> frozenset[str]:
+    return frozenset(inspect.signature(found).parameters)
+
+
+def _members(cls: type) -> frozenset[str]:
+    """What an instance has: what the class says, its annotations, and what its methods assign to `self`."""
+    names = set(dir(cls))
+    for part in inspect.getmro(cls):
+        names |= set(vars(part))  # `dir` leaves methods of enumerations out
+        names |= set(getattr(part, "__annotations__", ()))
+        if dataclasses.is_dataclass(part):
+            names |= {f.name for f in dataclasses.fields(part)}
+        if part.__module__.startswith("sglang."):
+            names |= _assigned(part)
+    return frozenset(names)
+
+
+@functools.cache
+def _assigned(cls: type) -> frozenset[str]:
+    """Names of which the source of a class has `self.NAME = ...`; none where there is no source."""
+    try:
+        source = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    stored = (n for n in ast.walk(source) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+    return frozenset(n.attr for n in stored if isinstance(n.value, ast.Name) and n.value.id == "self")
 
 
 _SRT = "sglang.srt"
@@ -47,17 +72,8 @@ _CACHE = f"{_SRT}.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _POLICY = f"{_SRT}.managers.schedule_policy"
 _ADDER = f"{_POLICY}.PrefillAdder"
 _SCHEDULER = f"{_SRT}.managers.scheduler.Scheduler"
-_OPENAI = f"{_SRT}.entrypoints.openai"
-
-_UPDATER = f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-_WEIGHT_UPDATES = (
-    "update_weights_from_disk",
-    "update_weights_from_distributed",
-    "update_weights_from_tensor",
-    "update_weights_from_ipc",
-    "begin_weight_update",
-    "end_weight_update",
-)
+_PARTS = f"{_SRT}.managers.scheduler_components"
+_UPDATER = f"{_PARTS}.weight_updater.SchedulerWeightUpdaterManager"
 _FROM_CLIENTS = (
     "TokenizedEmbeddingReqInput",
     "BatchTokenizedGenerateReqInput",
@@ -67,13 +83,104 @@ _FROM_CLIENTS = (
     "CloseSessionReqInput",
 )
 
+# Class -> what we read or write of its instances.
+MEMBERS = {
+    # requests and their queue
+    f"{_SRT}.managers.schedule_batch.Req": """
+        beam_group cache_salt cached_tokens customized_info extend_end extend_len extra_key finished finished_output
+        finished_reason full_untruncated_fill_ids input_embeds kv logprob logprob_start_len lora_id multimodal_inputs
+        origin_input_ids output_ids output_ids_through_stop positional_embed_overrides prefix_len priority
+        retracted_stain return_hidden_states return_logprob return_pooled_hidden_states rid sampling_params session
+        skip_radix_cache_insert time_stats""",
+    f"{_SRT}.managers.schedule_batch.ReqKvInfo": "cache_protected_len",
+    f"{_SRT}.managers.schedule_batch.ReqLogprob": "input_token_ids_logprobs_val input_top_logprobs_idx",
+    f"{_SRT}.managers.schedule_batch.ScheduleBatch": "reqs",
+    f"{_SRT}.sampling.sampling_params.SamplingParams": "custom_params max_new_tokens",
+    _ADDER: """
+        can_run_list ceil_paged_tokens chunked_req_limit cur_rem_tokens memory_budget new_chunked_req page_size
+        rem_chunk_tokens rem_input_tokens rem_total_tokens running_batch token_to_kv_pool_allocator tree_cache
+        _get_running_request_total_token_offset""",
+    f"{_SRT}.mem_cache.prefill_budget.PrefillBudget": "total_offset",
+    f"{_SRT}.mem_cache.allocator.base.BaseTokenToKVPoolAllocator": "available_size size",
+    f"{_POLICY}.SchedulePolicy": "enable_priority_scheduling priority_sign tree_cache",
+    _SCHEDULER: """
+        handle_generate_request is_fully_idle last_batch max_req_input_len page_size token_to_kv_pool_allocator
+        tree_cache waiting_queue weight_updater _release_aborted_request""",
+    _UPDATER: "offload_tags scheduler",
+    f"{_PARTS}.output_streamer.SchedulerOutputStreamer": "tree_cache",
+    # the cache
+    _CACHE: "checkpoint full_evictable_size path_device_indices reset touch_prefix tree_core",
+    _TREE: "dec_full_pin inc_full_pin match_full_device_prefix",
+    f"{_SRT}.mem_cache.registry.TreeCacheBuildContext": "params server_args tp_rank tp_worker",
+    f"{_SRT}.mem_cache.cache_init_params.CacheInitParams": "enable_metrics",
+    f"{_SRT}.managers.tp_worker.TpModelWorker": "model_runner",
+    # the model and its batches
+    f"{_SRT}.model_executor.model_runner.ModelRunner": """
+        attn_backend device dtype lora_manager model model_config prefill_attention_backend_str req_to_token_pool
+        shared_read_done_event token_to_kv_pool""",
+    f"{_SRT}.model_executor.forward_batch_info.ForwardBatch": """
+        batch_size capture_hidden_mode extend_logprob_start_lens_cpu extend_num_tokens extend_prefix_lens
+        extend_prefix_lens_cpu extend_seq_lens extend_seq_lens_cpu extend_start_loc forward_mode
+        global_num_token_non_padded_cpu hidden_states input_ids lora_ids num_token_non_padded orig_seq_lens
+        out_cache_loc positions req_pool_indices residual_stream return_logprob rids seq_lens seq_lens_cpu
+        seq_lens_sum""",
+    f"{_SRT}.model_executor.forward_batch_info.ForwardMode": "is_decode is_extend",
+    f"{_SRT}.model_executor.forward_batch_info.PPProxyTensors": "tensors",
+    f"{_SRT}.configs.model_config.ModelConfig": """
+        attention_arch context_len dtype hf_config hf_text_config is_encoder_decoder is_generation is_hybrid_swa
+        is_multimodal""",
+    f"{_SRT}.mem_cache.memory_pool.ReqToTokenPool": "req_to_token size",
+    f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool": "dtype get_key_buffer get_value_buffer set_kv_buffer",
+    f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend": "forward init_forward_metadata",
+    f"{_SRT}.layers.radix_attention.RadixAttention": """
+        attn_type is_cross_attention layer_id logit_cap qk_head_dim scaling sliding_window_size tp_k_head_num
+        tp_q_head_num tp_v_head_num use_irope v_head_dim""",
+    f"{_SRT}.layers.rotary_embedding.base.RotaryEmbedding": "cos_sin_cache is_neox_style _compute_cos_sin_cache",
+    f"{_SRT}.layers.logits_processor.LogitsProcessorOutput": "next_token_logits",
+    f"{_SRT}.lora.lora_manager.LoRAManager": "prepare_lora_batch",
+    f"{_SRT}.models.llama.LlamaForCausalLM": "forward forward_split_prefill logits_processor model",
+    f"{_SRT}.models.llama.LlamaModel": "layers",
+    f"{_SRT}.models.llama.LlamaDecoderLayer": "attn_boundary self_attn",
+    f"{_SRT}.models.llama.LlamaAttention": "attn rotary_emb",
+    f"{_SRT}.distributed.parallel_state.GroupCoordinator": "all_reduce broadcast_object world_size",
+    # the process that talks HTTP
+    f"{_SRT}.managers.tokenizer_manager.TokenizerManager": "config_value context_len model_config server_status",
+    f"{_SRT}.managers.io_struct.GenerateReqInput": """
+        cache_salt extra_key input_ids priority rid sampling_params session_id session_params stream text""",
+    f"{_SRT}.managers.io_struct.TokenizedGenerateReqInput": """
+        cache_salt extra_key input_embeds input_ids logprob_start_len lora_id sampling_params session_id session_params
+        stream token_ids_logprob top_logprobs_num""",
+    f"{_SRT}.managers.io_struct.UnloadLoRAAdapterReqInput": "lora_id",
+    # settings
+    f"{_SRT}.server_args.ServerArgs": """
+        chat_template chunked_prefill_size cuda_graph_config device disable_priority_preemption dp_size enable_metrics
+        enable_priority_scheduling enable_torch_compile host json_model_override_args kv_cache_dtype model_path nnodes
+        page_size quantization radix_cache_backend resolve_once revision schedule_low_priority_values_first
+        schedule_policy tokenizer_path """
+    + " ".join((*support.SETTINGS, *support.TENANT_SETTINGS)),
+    f"{_SRT}.model_executor.cuda_graph_config.CudaGraphConfig": "decode prefill",
+    f"{_SRT}.model_executor.cuda_graph_config.PhaseConfig": "backend",
+    # an event in SGLang's trace of a request
+    f"{_SRT}.observability.req_time_stats.ReqTimeStatsBase": "trace_ctx",
+    f"{_SRT}.observability.trace.TraceNullContext": "tracing_enable",
+    f"{_SRT}.observability.trace.TraceReqContext": "trace_event tracing_enable",
+}
+
+
+def _hooked() -> list[Seam]:
+    """A seam for every place of the table of hooks."""
+    takes: dict[str, dict[str, None]] = defaultdict(dict)
+    for hook in HOOKS:
+        takes[hook.place] |= dict.fromkeys(hook.takes)
+    return [Seam(place, tuple(names)) for place, names in takes.items()]
+
+
 SEAMS = (
     # be loaded
     Seam(f"{_SRT}.plugins.load_plugins"),
     Seam(f"{_SRT}.plugins.hook_registry.HookRegistry.register", ("target", "hook", "hook_type")),
     Seam(f"{_SRT}.plugins.hook_registry.HookType.AROUND"),
     Seam(f"{_SRT}.server_args.add_attention_backend_choices"),
-    Seam(f"{_SRT}.server_args.ServerArgs.check_server_args", ("self",)),
     Seam(f"{_SRT}.arg_groups.model_override_base.resolved_view", ("server_args",)),
     Seam(f"{_SRT}.arg_groups.model_override_base.model_config_of", ("server_args",)),
     # the plain CPU
@@ -116,9 +223,6 @@ SEAMS = (
     Seam(f"{_TREE}.dec_full_pin", ("node_id",)),
     Seam(f"{_SRT}.mem_cache.radix_cache.RadixKey", ("token_ids", "extra_key", "cache_salt")),
     # admission
-    Seam(f"{_ADDER}.add_one_req", ("req", "has_chunked_req", "truncation_align_size")),
-    Seam(f"{_ADDER}.add_chunked_req", ("req",)),
-    Seam(f"{_ADDER}.preempt_to_schedule", ("req",)),
     Seam(f"{_ADDER}.budget_state"),
     Seam(f"{_SRT}.managers.schedule_policy.CLIP_MAX_NEW_TOKENS"),
     Seam(f"{_ADDER}.ceil_paged_tokens", ("tokens",)),
@@ -127,35 +231,7 @@ SEAMS = (
     Seam(f"{_ADDER}._get_running_request_total_token_offset", ("req",)),
     Seam(f"{_SRT}.mem_cache.prefill_budget.PrefillBudget.reserve", ("extend_input_len", "max_new_tokens")),
     Seam(f"{_POLICY}.AddReqResult.OTHER"),
-    # the waiting queue
-    Seam(f"{_POLICY}.SchedulePolicy.calc_priority", ("waiting_queue", "running_batch", "processed_tokens")),
-    Seam(
-        f"{_POLICY}.SchedulePolicy.shortest_prefill_chunk_limit",
-        ("chunked_req", "waiting_queue", "budget", "page_size"),
-    ),
-    Seam(f"{_SRT}.managers.schedule_batch.Req.finished"),
     # run some rows through some layers
-    Seam(
-        f"{_SRT}.model_executor.forward_batch_info.ForwardBatch",
-        (
-            "rids",
-            "seq_lens_cpu",
-            "extend_prefix_lens_cpu",
-            "extend_seq_lens_cpu",
-            "out_cache_loc",
-            "req_pool_indices",
-            "residual_stream",
-            "hidden_states",
-            "global_num_token_non_padded_cpu",
-            "num_token_non_padded",
-            "return_logprob",
-            "extend_logprob_start_lens_cpu",
-            "capture_hidden_mode",
-            "lora_ids",
-        ),
-        kind="members",
-    ),
-    Seam(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch.init_new", ("batch",)),
     Seam(f"{_SRT}.lora.lora_manager.LoRAManager.prepare_lora_batch", ("forward_batch",)),
     Seam(
         f"{_SRT}.models.llama.LlamaForCausalLM.forward_split_prefill",
@@ -184,47 +260,12 @@ SEAMS = (
     Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.all_reduce"),
     Seam(f"{_SRT}.distributed.parallel_state.GroupCoordinator.broadcast_object", ("obj", "src")),
     # audits: know when the engine is idle, send one request of our own, keep its output
-    Seam(f"{_SCHEDULER}.on_idle", ("self",)),
     Seam(f"{_SCHEDULER}.is_fully_idle", ("self",)),
-    Seam(f"{_SCHEDULER}.handle_generate_request", ("recv_req",)),
     # what operators ask: nothing of ours runs, and nothing of earlier weights is lent
-    Seam(f"{_SCHEDULER}.process_input_requests", ("self", "recv_reqs")),
     Seam(f"{_SCHEDULER}._release_aborted_request", ("req",)),
-    Seam(f"{_UPDATER}", ("scheduler", "offload_tags"), kind="members"),
-    *(Seam(f"{_UPDATER}.{name}", ("self", "recv_req")) for name in _WEIGHT_UPDATES),
     *(Seam(f"{_SRT}.managers.io_struct.{name}") for name in _FROM_CLIENTS),
-    Seam(f"{_SCHEDULER}.unload_lora_adapter", ("self", "recv_req")),
-    Seam(f"{_SRT}.managers.io_struct.UnloadLoRAAdapterReqInput", ("lora_id",), kind="members"),
-    Seam(
-        f"{_SRT}.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
-        ("reqs", "return_logprob", "skip_req"),
-    ),
-    Seam(
-        f"{_SRT}.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
-        ".is_request_level_customized_info_key",
-        ("self", "key"),
-    ),
-    Seam(
-        f"{_SRT}.managers.io_struct.TokenizedGenerateReqInput",
-        (
-            "input_ids",
-            "logprob_start_len",
-            "top_logprobs_num",
-            "token_ids_logprob",
-            "extra_key",
-            "cache_salt",
-            "lora_id",
-        ),
-        kind="members",
-    ),
     Seam(f"{_SRT}.sampling.sampling_params.SamplingParams.normalize", ("tokenizer",)),
     Seam(f"{_SRT}.managers.schedule_batch.Req.output_ids_through_stop"),
-    Seam(
-        f"{_SRT}.managers.schedule_batch.ReqLogprob",
-        ("input_token_ids_logprobs_val", "input_top_logprobs_idx"),
-        kind="members",
-    ),
-    Seam(f"{_SRT}.layers.logits_processor.LogitsProcessorOutput", ("next_token_logits",), kind="members"),
     Seam(f"{_CACHE}.full_evictable_size"),
     # a decode that says a given answer, for measurements
     Seam(f"{_SRT}.sampling.custom_logit_processor.CustomLogitProcessor.__call__", ("logits", "custom_param_list")),
@@ -232,60 +273,26 @@ SEAMS = (
     Seam(f"{_SRT}.beam_search.coordinator.BeamCoordinator.validate_and_init", ("req", "recv_req")),
     Seam(f"{_SRT}.managers.io_struct.GenerateReqInput._sampling_params_beam_width"),
     # who is asking
-    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request", ("self", "obj", "request")),
-    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._stream_one_response", ("obj", "state", "request")),
-    Seam(f"{_SRT}.managers.io_struct.TokenizedGenerateReqInput", ("stream", "sampling_params"), kind="members"),
-    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._send_one_request", ("tokenized_obj",)),
-    Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager._send_batch_request", ("tokenized_objs",)),
     Seam(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.config_value", ("name",)),
     Seam(f"{_SRT}.managers.tokenizer_manager.ServerStatus.Starting"),
-    Seam(f"{_SCHEDULER}.handle_generate_request", ("recv_req", "mm_input_error")),
-    Seam(
-        f"{_SRT}.managers.io_struct.GenerateReqInput",
-        (
-            "session_id",
-            "rid",
-            "extra_key",
-            "cache_salt",
-            "priority",
-            "sampling_params",
-            "session_params",
-            "text",
-            "input_ids",
-        ),
-        kind="members",
-    ),
-    Seam(
-        f"{_SRT}.entrypoints.http_server._setup_and_run_http_server",
-        ("server_args", "tokenizer_manager", "template_manager", "port_args", "scheduler_infos"),
-    ),
     Seam(f"{_SRT}.entrypoints.http_server.app.add_middleware"),
     # an event in SGLang's trace of a request
-    Seam(f"{_SRT}.observability.req_time_stats.ReqTimeStatsBase", ("trace_ctx",), kind="members"),
     Seam(f"{_SRT}.observability.trace.TraceReqContext.trace_event", ("name", "level", "attrs")),
-    Seam(f"{_SRT}.observability.trace.TraceNullContext", ("tracing_enable",), kind="members"),
     Seam(f"{_SRT}.observability.trace_async.TraceReqContextAsync.trace_event", ("name", "level", "attrs")),
     # pages beside /metrics
-    Seam(f"{_SRT}.utils.common.add_prometheus_middleware", ("app",)),
     Seam(f"{_SRT}.runtime_context.get_serving"),
     Seam(f"{_SRT}.utils.auth.decide_request_auth", ("authorization_header", "api_key", "admin_api_key", "auth_level")),
     Seam(f"{_SRT}.utils.auth.AuthLevel.ADMIN_OPTIONAL"),
     Seam(f"{_SRT}.utils.auth.auth_level", ("level",)),
-    # tell the client
-    Seam(
-        f"{_SRT}.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
-        ("meta_info", "state", "customized_info", "index", "finish_reason"),
-    ),
-    Seam(f"{_OPENAI}.serving_chat.OpenAIServingChat._build_chat_response", ("request", "ret", "created")),
-    Seam(f"{_OPENAI}.serving_chat.OpenAIServingChat._generate_chat_stream"),
-    Seam(
-        f"{_OPENAI}.serving_completions.OpenAIServingCompletion._build_completion_response",
-        ("request", "ret", "created"),
-    ),
-    Seam(f"{_OPENAI}.serving_completions.OpenAIServingCompletion._generate_completion_stream"),
+    # what we hook
+    *_hooked(),
+    # what we read and write
+    *(Seam(path, tuple(names.split()), kind="members") for path, names in MEMBERS.items()),
 )
 
 
 def problems() -> list[str]:
-    """One line for every seam the installed SGLang does not have."""
+    """One line for every seam the installed SGLang does not have. Raises ImportError when there is no SGLang."""
+    import sglang  # noqa: F401
+
     return [problem for seam in SEAMS if (problem := seam.problem()) is not None]

@@ -21,7 +21,7 @@ from kvshare_sched.tenants import reload, seal
 SGLANG_VERSION = "0.5.23"
 
 # Server setting -> (value that is fine, why anything else is refused). All untested with reuse.
-_SETTINGS = {
+SETTINGS = {
     "speculative_algorithm": (None, "speculative decoding writes KV the planner does not know"),
     "enable_dp_attention": (False, "data-parallel attention pads batches across ranks"),
     "pp_size": (1, "pipeline stages hold only some of the layers"),
@@ -51,7 +51,7 @@ _SETTINGS = {
     "dllm_algorithm": (None, "diffusion models compute rows more than once"),
 }
 # The same with a tenants file: what would let requests in unidentified, or hand out others' answers.
-_TENANT_SETTINGS = {
+TENANT_SETTINGS = {
     "tokenizer_worker_num": (1, "further HTTP processes load no plug-ins, so nobody would be identified there"),
     "api_key": (None, "the tenants file holds the keys"),
     "grpc_port": (None, "gRPC carries no identity"),
@@ -145,11 +145,6 @@ def _tenants_file() -> str:
         return ""
 
 
-def hooks() -> dict[str, object]:
-    """Seam -> hook body, all of kind AROUND."""
-    return {"sglang.srt.server_args.ServerArgs.check_server_args": check_server_args}
-
-
 def server_args_of(arguments: list[str]) -> Any:
     """SGLang's ServerArgs of a command line. Raises what SGLang raises for arguments it refuses."""
     from sglang.srt.plugins import load_plugins
@@ -171,7 +166,7 @@ def refusals(server_args) -> list[str]:
     model = model_config_of(server_args)
     server_args = resolved_view(server_args)
     config = KVShareConfig.load()
-    for name, (fine, why) in (_SETTINGS | (_TENANT_SETTINGS if config.tenants_file else {})).items():
+    for name, (fine, why) in (SETTINGS | (TENANT_SETTINGS if config.tenants_file else {})).items():
         value = getattr(server_args, name, None)
         accepted = fine if isinstance(fine, tuple) else (fine,)
         if value is not None and value not in accepted:

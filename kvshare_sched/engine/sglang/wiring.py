@@ -10,9 +10,9 @@ import logging
 import pkgutil
 from collections.abc import Iterable
 
-from kvshare_sched.engine.sglang import audit_hooks, queue_hooks
-from kvshare_sched.engine.sglang.admission import scheduler_hooks
+from kvshare_sched.engine.sglang import audit_hooks, hooks, queue_hooks
 from kvshare_sched.engine.sglang.batches import SGLangEngine
+from kvshare_sched.engine.sglang.hooks import When
 from kvshare_sched.engine.sglang.measure_costs import measure_costs
 from kvshare_sched.engine.sglang.rotary import rotary_table
 from kvshare_sched.engine.sglang.support import refuse
@@ -22,7 +22,6 @@ from kvshare_sched.observe.metrics import ShareMetrics
 from kvshare_sched.reuse.lifecycle import Pipeline
 from kvshare_sched.runtime.executor import Executor
 from kvshare_sched.settings import KVShareConfig
-from kvshare_sched.tenants import seal
 from kvshare_sched.tenants.borrow_log import BorrowLog
 from kvshare_sched.tenants.scheduler_state import Desk
 
@@ -35,7 +34,7 @@ def wire(cache, ctx):
     Raises ConfigError or UnsupportedError: the server must not start half wired.
     """
     from sglang.srt.arg_groups.model_override_base import resolved_view
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.runtime_context import get_parallel
 
     config = KVShareConfig.load()
@@ -59,15 +58,9 @@ def wire(cache, ctx):
         audit_hooks.watch(pipeline.auditor, runner.model)
     queue = queue_hooks.create(config, ctx, pipeline, metrics)
     # All of them, whatever is switched on: SGLang hooks a place once a process, and each looks at its engine's cache.
-    hooks = scheduler_hooks() | audit_hooks.hooks()
-    for seam, hook in queue_hooks.hooks().items():
-        hooks[seam] = _outside(hook, hooks[seam]) if seam in hooks else hook
-    if config.tenants_file:
-        hooks |= seal.hooks()
-    for seam, hook in hooks.items():
-        HookRegistry.register(seam, hook, HookType.AROUND)
+    places = hooks.register(When.CACHE, *([When.CACHE_WITH_TENANTS] if config.tenants_file else []))
     HookRegistry.apply_hooks()
-    check_hooked(hooks)
+    check_hooked(places)
     if ctx.tp_rank == 0:
         logger.info("kvshare: %s", config.describe())
         logger.info(
@@ -77,13 +70,8 @@ def wire(cache, ctx):
     return pipeline, queue
 
 
-def check_hooked(seams: Iterable[str]) -> None:
+def check_hooked(places: Iterable[str]) -> None:
     """Raise UnsupportedError for a place without its hook: SGLang only logs what it could not put in place."""
-    for seam in seams:
-        if not hasattr(pkgutil.resolve_name(seam), "__wrapped__"):
-            raise UnsupportedError(f"{seam} could not be hooked; the log above says why. Run `kvshare doctor`.")
-
-
-def _outside(outer, inner):
-    """One AROUND hook out of two."""
-    return lambda original, *args, **kwargs: outer(functools.partial(inner, original), *args, **kwargs)
+    for place in places:
+        if not hasattr(pkgutil.resolve_name(place), "__wrapped__"):
+            raise UnsupportedError(f"{place} could not be hooked; the log above says why. Run `kvshare doctor`.")

@@ -40,7 +40,7 @@ def details(session, namespace: Namespace, index) -> dict:
     A donor of another namespace, or one that has left, is not named: only how foreign its context was. What was found
     in another tenant's conversations is not told at all: the runs are those of the plan that the report tells of.
     """
-    plan = session.told_plan or ReusePlan(session.prompt_len, session.exact_len, ())
+    plan = session.reported_plan or ReusePlan(session.prompt_len, session.exact_len, ())
     runs = [_run("exact", 0, plan.exact_len)] if plan.exact_len else []
     for start, end, segment in plan.runs():
         runs.append(_run("fresh" if segment is None else "reused", start, end - start))

@@ -23,7 +23,7 @@ from kvshare_sched.reuse.costs import CostModel
 from kvshare_sched.reuse.lookup import DonorLost, Lending
 from kvshare_sched.reuse.planning import build_plan
 from kvshare_sched.reuse.promotion import Ledger
-from kvshare_sched.reuse.public_report import told
+from kvshare_sched.reuse.public_report import public_report
 from kvshare_sched.reuse.repair_queue import RepairQueue
 from kvshare_sched.reuse.session import Session
 from kvshare_sched.settings import KVShareConfig
@@ -98,7 +98,7 @@ class Pipeline:
         refused = not wished and self.auditor.refuses(view.namespace)
         if session.stamp is not None and session.stamp.public != session.stamp and not session.hidden:
             public = replace(view, lenders=lenders_of(session.stamp.public, view.namespace))
-            session.told = self._plan(public, session, refused)
+            session.public_plan = self._plan(public, session, refused)
         plan = self._plan(view, session, refused)
         if isinstance(plan, Reason):
             return plan
@@ -229,9 +229,9 @@ class Pipeline:
             logger.exception("kvshare: no report for request %s", session.rid)
 
     def _for_client(self, session: Session, true: ShareReport) -> ShareReport:
-        if session.told is None:
+        if session.public_plan is None:
             return true
-        return told(true, session.told, session.method, session.config, self.costs)
+        return public_report(true, session.public_plan, session.config.mode, self.costs)
 
     def release(
         self, session: Session, said: Callable[[], np.ndarray | None] = lambda: None, finished: bool = True

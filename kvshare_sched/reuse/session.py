@@ -64,7 +64,8 @@ class Session:
     namespace: Namespace | None = None  # None for a request that cannot take part
     asks_until: int = 0  # prompt tokens before those a client wants scored: the question ends here
     stamp: Stamp | None = None  # of its tenant, when a tenants file is in force
-    told: ReusePlan | Reason | None = None  # what its client is told instead of the truth; None: the truth
+    # Its client's report is made of this plan where it must not reveal other tenants' text; None: of the real plan.
+    public_plan: ReusePlan | Reason | None = None
     sources: dict[int, Source] = field(default_factory=dict)  # whom it borrows from, for the record
     tenant: str = ""  # as metrics name it; known of requests that cannot take part too
     probe: bool = False  # SGLang's own health check
@@ -109,11 +110,11 @@ class Session:
         return self.stamp is not None and self.stamp.hide_reuse is not None
 
     @property
-    def told_plan(self) -> ReusePlan | None:
-        """The plan that its client is told of."""
-        if self.told is None:
+    def reported_plan(self) -> ReusePlan | None:
+        """The plan that its client's report is made of."""
+        if self.public_plan is None:
             return self.plan
-        return self.told if isinstance(self.told, ReusePlan) and self.config.mode == "on" else None
+        return self.public_plan if isinstance(self.public_plan, ReusePlan) and self.config.mode == "on" else None
 
     @property
     def method(self) -> Method:

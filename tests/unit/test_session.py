@@ -14,6 +14,7 @@ from test_pipeline import COSTS, HERE, SETTINGS, text
 from test_sglang_adapter import Adder, request
 
 from kvshare_sched.engine.sglang import admission
+from kvshare_sched.engine.sglang import requests as engine_requests
 from kvshare_sched.observe.metrics import ShareMetrics
 from kvshare_sched.observe.series import AUDIT_RESULTS
 from kvshare_sched.records.request import Outcome, Reason, RequestView
@@ -167,7 +168,7 @@ def test_a_batch_knows_its_requests_in_its_order_also_as_a_copy():
         if session is not None:
             attach(req, session)
     made = SimpleNamespace(rids=[req.rid for req in requests])
-    batch = admission.init_forward_batch(lambda *_: made, None, SimpleNamespace(reqs=requests))
+    batch = engine_requests.init_forward_batch(lambda *_: made, None, SimpleNamespace(reqs=requests))
     assert batch.rids == [ID] * 3
     requests.reverse()  # SGLang goes on with its list
     assert sessions_of(batch) == sessions == sessions_of(copy.copy(batch))

@@ -9,7 +9,7 @@ from urllib.parse import quote, urlencode
 
 import requests
 
-from kvshare_sched.engine.sglang import http_pages
+from kvshare_sched.engine.sglang.http import pages as http_pages
 from kvshare_sched.errors import SetupError
 from kvshare_sched.observe import explain, render, server_state
 

@@ -152,8 +152,8 @@ BOUND = {
     "manager": (_TOKENIZER, _LORA, _UPDATER),
     "model_config": (_MODEL_CONFIG,),
     "model": (_MODEL, _MODEL_CONFIG, _S + "models.llama.LlamaModel", torch.nn.Module),
-    "layer": (_ATTENTION, torch.nn.Module),
-    "module": (_ATTENTION, torch.nn.Module, str),
+    "layer": (_ATTENTION, torch.nn.Linear),
+    "module": (_ATTENTION, _S + "layers.linear.LinearBase", torch.nn.Linear, str),
     "m": (_ATTENTION, torch.nn.Module),
     "rotary": (_S + "layers.rotary_embedding.base.RotaryEmbedding",),
     "group": (_GROUP,),
@@ -200,7 +200,7 @@ def unlisted(source: str) -> tuple[set[str], set[str]]:
 
 
 def test_every_attribute_that_we_read_or_write_is_in_the_list():
-    files = [*(ROOT / "kvshare_sched/engine/sglang").glob("*.py"), *(ROOT / "kvshare_sched/runtime").glob("*.py")]
+    files = [*(ROOT / "kvshare_sched/engine/sglang").rglob("*.py"), *(ROOT / "kvshare_sched/runtime").glob("*.py")]
     read, missing = (set().union(*found) for found in zip(*(unlisted(f.read_text()) for f in files), strict=True))
     assert len(read) > 150
     assert not missing, f"{len(missing)} of {len(read)} attributes are in no seam: {', '.join(sorted(missing))}"

@@ -22,7 +22,7 @@ from sglang.srt.server_args import ServerArgs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvshare_sched.engine.sglang import http_identity
+from kvshare_sched.engine.sglang.http import identity as http_identity
 from kvshare_sched.tenants.file import Tenant
 from kvshare_sched.tenants.identity import hash_of
 from kvshare_sched.tenants.middleware import Edge, Middleware

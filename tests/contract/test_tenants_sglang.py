@@ -21,7 +21,8 @@ from sglang.srt.observability.req_time_stats import APIServerReqTimeStats, Sched
 from sglang.srt.sampling.sampling_params import SamplingParams
 from test_queue_adapter import COSTS, Adder, FakeTree, NamedPipeline, Req, World
 
-from kvshare_sched.engine.sglang import admission, http_identity
+from kvshare_sched.engine.sglang import admission
+from kvshare_sched.engine.sglang.http import identity as http_identity
 from kvshare_sched.settings import KVShareConfig
 from kvshare_sched.tenants import middleware, seal
 from kvshare_sched.tenants.delayed_answers import DELAY, without_traces

@@ -11,7 +11,7 @@ import pytest
 from engine import move
 from prometheus_client import CollectorRegistry
 
-from kvshare_sched.engine.sglang import http_pages
+from kvshare_sched.engine.sglang.http import pages as http_pages
 from kvshare_sched.observe import server_state
 from kvshare_sched.observe.metrics import ShareMetrics
 from kvshare_sched.records.report import ShareReport

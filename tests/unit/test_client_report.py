@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvshare_sched.engine.sglang import http_reports
+from kvshare_sched.engine.sglang.http import reports as http_reports
 from kvshare_sched.engine.sglang.reports import WHOLE_KEY
 from kvshare_sched.engine.sglang.requests import REPORT_KEY
 from kvshare_sched.tenants.delayed_answers import HOLD_KEY

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dashboards"))
 
 from engine import move  # noqa: E402
 
-from kvshare_sched.engine.sglang import http_pages, http_reports  # noqa: E402
+from kvshare_sched.engine.sglang.http import pages as http_pages  # noqa: E402
+from kvshare_sched.engine.sglang.http import reports as http_reports  # noqa: E402
 from kvshare_sched.observe import explain, recent_requests, render, server_state  # noqa: E402
 from kvshare_sched.observe.metrics import ShareMetrics  # noqa: E402
 from kvshare_sched.observe.series import SERIES  # noqa: E402

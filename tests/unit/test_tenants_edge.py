@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvshare_sched.engine.sglang import http_identity
+from kvshare_sched.engine.sglang.http import identity as http_identity
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import SERVER, Caller, hash_of, identify
 from kvshare_sched.tenants.middleware import Edge, Middleware, caller_here

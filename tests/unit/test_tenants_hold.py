@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tenants_lending import COSTS, LIBRARY, MARK, TENANTS, World, prompt, space
 
-from kvshare_sched.engine.sglang import http_identity, http_reports, reports
+from kvshare_sched.engine.sglang import reports
+from kvshare_sched.engine.sglang.http import identity as http_identity
+from kvshare_sched.engine.sglang.http import reports as http_reports
 from kvshare_sched.engine.sglang.reports import attach_report
 from kvshare_sched.observe import recent_requests
 from kvshare_sched.records.request import RequestView

@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 from test_pages import REPORT, details
 
-from kvshare_sched.engine.sglang import http_pages
+from kvshare_sched.engine.sglang.http import pages as http_pages
 from kvshare_sched.observe import recent_requests
 from kvshare_sched.tenants.file import parse
 from kvshare_sched.tenants.identity import hash_of

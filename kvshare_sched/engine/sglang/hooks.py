@@ -58,8 +58,8 @@ _HERE = "kvshare_sched.engine.sglang"
 _QUEUE = f"{_HERE}.queue_hooks"
 _ADMISSION = f"{_HERE}.admission"
 _AUDIT = f"{_HERE}.audit_hooks"
-_IDENTITY = f"{_HERE}.http_identity"
-_REPORTS = f"{_HERE}.http_reports"
+_IDENTITY = f"{_HERE}.http.identity"
+_REPORTS = f"{_HERE}.http.reports"
 
 _RESPONSE = ("request", "ret", "created")
 _WEIGHT_UPDATES = (
@@ -88,7 +88,7 @@ HOOKS = (
     Hook(f"{_COMPLETION}._generate_completion_stream", f"{_REPORTS}:stream", When.LOAD),
     Hook(
         f"{_SRT}.utils.common.add_prometheus_middleware",
-        f"{_HERE}.http_pages:add_prometheus_middleware",
+        f"{_HERE}.http.pages:add_prometheus_middleware",
         When.LOAD,
         ("app",),
     ),

@@ -124,7 +124,7 @@ MEMBERS = {
         global_num_token_non_padded_cpu hidden_states input_ids lora_ids num_token_non_padded orig_seq_lens
         out_cache_loc positions req_pool_indices residual_stream return_logprob rids seq_lens seq_lens_cpu
         seq_lens_sum""",
-    f"{_SRT}.model_executor.forward_batch_info.ForwardMode": "is_decode is_extend",
+    f"{_SRT}.model_executor.forward_batch_info.ForwardMode": "is_decode is_decode_or_idle is_extend",
     f"{_SRT}.model_executor.forward_batch_info.PPProxyTensors": "tensors",
     f"{_SRT}.configs.model_config.ModelConfig": """
         attention_arch context_len dtype hf_config hf_text_config is_encoder_decoder is_generation is_hybrid_swa
@@ -135,6 +135,7 @@ MEMBERS = {
     f"{_SRT}.layers.radix_attention.RadixAttention": """
         attn_type is_cross_attention layer_id logit_cap qk_head_dim scaling sliding_window_size tp_k_head_num
         tp_q_head_num tp_v_head_num use_irope v_head_dim""",
+    f"{_SRT}.layers.linear.LinearBase": "quant_method",
     f"{_SRT}.layers.rotary_embedding.base.RotaryEmbedding": "cos_sin_cache is_neox_style _compute_cos_sin_cache",
     f"{_SRT}.layers.logits_processor.LogitsProcessorOutput": "next_token_logits",
     f"{_SRT}.lora.lora_manager.LoRAManager": "prepare_lora_batch",
@@ -153,10 +154,10 @@ MEMBERS = {
     f"{_SRT}.managers.io_struct.UnloadLoRAAdapterReqInput": "lora_id",
     # settings
     f"{_SRT}.server_args.ServerArgs": """
-        chat_template chunked_prefill_size cuda_graph_config device disable_priority_preemption dp_size enable_metrics
-        enable_priority_scheduling enable_torch_compile host json_model_override_args kv_cache_dtype model_path nnodes
-        page_size quantization radix_cache_backend resolve_once revision schedule_low_priority_values_first
-        schedule_policy tokenizer_path """
+        attention_backend chat_template chunked_prefill_size cuda_graph_config device disable_priority_preemption
+        dp_size enable_metrics enable_priority_scheduling enable_torch_compile host json_model_override_args
+        kv_cache_dtype max_total_tokens mem_fraction_static model_path nnodes page_size quantization
+        radix_cache_backend resolve_once revision schedule_low_priority_values_first schedule_policy tokenizer_path """
     + " ".join((*support.SETTINGS, *support.TENANT_SETTINGS)),
     f"{_SRT}.model_executor.cuda_graph_config.CudaGraphConfig": "decode prefill",
     f"{_SRT}.model_executor.cuda_graph_config.PhaseConfig": "backend",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write docs/settings.md from the metadata of the settings.
 
-python scripts/write_docs.py    # after a change of kvshare_sched/settings.py; tests/unit/test_docs.py compares
+python scripts/write_docs.py    # after a change of kvshare_sched/settings.py; tests/unit/docs/test_docs.py compares
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import tomllib
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tenants_file import GOOD
-from test_tenants_library import FILE, World
+from test_file import GOOD
+from test_library import FILE, World
 
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.tenants import file

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fakes import FakeTree
-from test_pipeline import COSTS, HERE, text
+from test_lifecycle import COSTS, HERE, text
 from test_session import World, borrowing
 
 from kvshare_sched.engine.sglang import admission

@@ -9,7 +9,7 @@ import pytest
 from fakes import FakeTree
 from prometheus_client import CollectorRegistry
 from sglang.srt.observability import trace
-from test_pipeline import COSTS
+from test_lifecycle import COSTS
 
 from kvshare_sched.engine.sglang import admission
 from kvshare_sched.observe.metrics import ShareMetrics

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.sampling.sampling_params import SamplingParams
-from test_pipeline import COSTS, HERE
+from test_lifecycle import COSTS, HERE
 
 from kvshare_sched.engine.sglang import audit_hooks
 from kvshare_sched.observe.metrics import ShareMetrics

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fakes import FakeTree
 from prometheus_client import CollectorRegistry
-from test_pipeline import COSTS, HERE, SETTINGS, text
-from test_sglang_adapter import Adder, request
+from test_lifecycle import COSTS, HERE, SETTINGS, text
+from test_requests import Adder, request
 
 from kvshare_sched.engine.sglang import admission
 from kvshare_sched.engine.sglang import requests as engine_requests

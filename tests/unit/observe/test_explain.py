@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_pipeline import COSTS, HERE, PROMPT, World, text
+from test_lifecycle import COSTS, HERE, PROMPT, World, text
 
 from kvshare_sched.observe import explain
 from kvshare_sched.observe.series import ORIGINS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 _FOLDERS = ("benchmarks", "dashboards", "docs", "findings", "kernels", "kvshare_sched", "radix_ext", "scripts", "tests")
 # Written by `kvshare bench`, `kvshare eval` and dashboards/generate.py; their tables follow the data.
 _MADE = set((ROOT / "benchmarks").rglob("report.md")) | {ROOT / "dashboards" / "metrics.md"}
@@ -85,7 +85,9 @@ def test_named_files_exist(page):
 
 def test_a_file_that_is_nowhere_is_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("`settings.py`, `kvshare_sched/settings.py`, `unit/test_docs.py`, `gone.py`, `tests/gone_*.py`\n")
+    page.write_text(
+        "`settings.py`, `kvshare_sched/settings.py`, `unit/docs/test_docs.py`, `gone.py`, `tests/gone_*.py`\n"
+    )
     assert _missing(page) == ["gone.py", "tests/gone_*.py"]
 
 

@@ -15,7 +15,7 @@ from kvshare_sched.loadtest import blocks, traces, workloads
 from kvshare_sched.loadtest.arrivals import ARRIVALS
 from kvshare_sched.loadtest.traces import Request, Trace
 
-FROZEN = Path(__file__).resolve().parents[2] / "benchmarks" / "traces"
+FROZEN = Path(__file__).resolve().parents[3] / "benchmarks" / "traces"
 
 
 @pytest.mark.parametrize("name", workloads.WORKLOADS)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tenants_lending import COSTS, LIBRARY, MARK, TENANTS, World, prompt, space
+from test_lookup import COSTS, LIBRARY, MARK, TENANTS, World, prompt, space
 
 from kvshare_sched.engine.sglang import reports
 from kvshare_sched.engine.sglang.http import identity as http_identity

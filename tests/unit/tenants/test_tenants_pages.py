@@ -6,7 +6,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
-from test_pages import REPORT, details
+from test_render import REPORT, details
 
 from kvshare_sched.engine.sglang.http import pages as http_pages
 from kvshare_sched.observe import recent_requests

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dashboards"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dashboards"))
 
 from engine import move  # noqa: E402
 

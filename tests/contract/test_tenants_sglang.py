@@ -103,7 +103,7 @@ def test_the_hooked_places_are_what_the_hooks_expect():
 
 def test_sglang_waits_for_every_answer_where_hidden_ones_are_held():
     """Its own code between the engine's output and the endpoints: what it has at once, the hook gives later."""
-    from test_tenants_hold import Clock
+    from test_delayed_answers import Clock
 
     obj = GenerateReqInput(text="x")
     hidden = parse("unknown = 'reject'\n[tenants.acme]\nhide_reuse = 2", "f")

@@ -18,7 +18,7 @@ from kvshare_sched.client import model
 from kvshare_sched.client.http import Client, kl_divergence
 from kvshare_sched.tenants.identity import hash_of
 
-DOCS = sections(40)
+DOCS = sections(40, 100)
 FOLDER = Path(tempfile.mkdtemp(prefix="kvshare-tenants-"))
 FILE, RECORD = FOLDER / "tenants.toml", FOLDER / "borrowed.jsonl"
 NAMES = ("acme", "globex", "initech", "hooli", "umbrella")
@@ -72,7 +72,7 @@ def as_tenant(server, name: str) -> Client:
 
 
 def prompts(first: int) -> tuple[str, str]:
-    """Some 600 tokens of text, and the same in another order behind another beginning."""
+    """Some 450 tokens of text, and the same in another order behind another beginning."""
     parts = DOCS[first : first + 3]
     return chat("Read.", parts), chat("You answer tersely.", parts[::-1], "What is this about?")
 
@@ -118,8 +118,6 @@ def test_no_endpoint_crosses_and_ones_own_text_does_hit(server, first):
 
     send("hooli", seen)
     assert reused_by(server, lambda: send("acme", moved)) == 0
-    server.flush()
-    send("hooli", seen)
     assert reused_by(server, lambda: send("hooli", moved)) > 300
 
 
@@ -196,9 +194,10 @@ def test_a_document_is_lent_to_its_group_until_it_is_removed(server):
     }
     assert server.metrics()['kvshare_borrowed_tokens_total{kind="document"}'] > 600
     server.flush()
-    time.sleep(8)  # the library looks every five seconds
-    assert reused("acme", "5") > 300, "computed again after the cache was emptied"
-    # Under salts of their own, so that nothing but the document can be what is reused.
+    # Under salts of their own, so that nothing but the document can be what is reused. The library looks every five
+    # seconds, and on a busy machine it takes longer until it has computed the document.
+    tries = (time.sleep(2) or reused("acme", "5", f"try {n}") for n in range(20))
+    assert any(found > 300 for found in tries), "computed again after the cache was emptied"
     assert reused("acme", "6", "before its end") > 300
     gone = requests.delete(url, params={"group": "handbook", "name": "manual"}, headers=ROOT, timeout=60)
     assert gone.status_code == 200 and gone.json()["dropped"]

@@ -97,6 +97,7 @@ def equal_tokens(repeats: int, length: int = EQUAL) -> tuple[dict, dict]:
 
 def charges(repeats: int, segments: int = SEGMENTS) -> tuple[dict, dict]:
     """One pass over a long prompt: where to cut it, then the charge of the piece and of the whole."""
+    from kvshare_sched.methods.registry import get
     from kvshare_sched.records.plan import ReusePlan
     from kvshare_sched.records.request import Reason
     from kvshare_sched.reuse.costs import CostModel
@@ -108,8 +109,10 @@ def charges(repeats: int, segments: int = SEGMENTS) -> tuple[dict, dict]:
         return tuple(Segment(number, 40_000 + at, at, 40) for number in (2, 3, 4))
 
     texts = tuple(Segment(1, 90_000 + at, at, 40, at // 2, others(at)) for at in range(40, 80 * segments, 80))
-    plan = ReusePlan(80 * segments + 100, 0, texts, forced_head=4)
-    session = Session("r", plan.prompt_len, 0, KVShareConfig(), plan, Reason.NONE)
+    config = KVShareConfig()
+    schedule = get(config.strategy).schedule(config, LAYERS)
+    plan = ReusePlan(80 * segments + 100, 0, texts, forced_head=4, schedule=schedule)
+    session = Session("r", plan.prompt_len, 0, config, plan, Reason.NONE)
     costs = CostModel(cell_s=4e-5, copy_s=1e-6, overhead_s=1e-3, layers=LAYERS)
 
     def one_pass() -> int:

@@ -84,7 +84,7 @@ def test_the_engine_stage_tells_by_its_exit_code_and_goes_on(trouble, tmp_path, 
         report["computed_cells"] = 870
         return SimpleNamespace(ttft_s=0.2 if outcome == "reused" else 1.0, report=report)
 
-    monkeypatch.setattr(engine.server, "running", running)
+    monkeypatch.setattr(engine.launch, "running", running)
     monkeypatch.setattr(engine.Client, "generate", generate)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     shapes = ["llama-3.1-8b", "tiny"]

@@ -42,7 +42,7 @@ LIMITS_S = {"ops": 1800, "kernels": 1200, "prefill": 1200, "e2e": 3600, "engine"
 NEEDS = {"ops": ("pytest", "hypothesis")} | dict.fromkeys(("e2e", "engine", "quality"), ("sglang", "requests"))
 OPS = ("copy_rotate", "deviation", "paged_attention", "flashinfer", "consensus_ops", "gpu_check")
 # The others compare float32 numbers closely.
-E2E = ("gpu", "default", "pages_and_chunks", "same_context", "memory_pressure")
+E2E = ("gpu", "default", "pages_and_chunks", "same_context", "memory_pressure", "lora")
 
 
 def missing(stage: str, device: str) -> str | None:

@@ -1,5 +1,5 @@
-"""The selection rules by name. To add one: a file here with its paper in the docstring, a line in `_ALL`,
-a line in the test matrix (tests/unit/test_strategies.py), a changelog line.
+"""The methods by name. To add one: a file here with its paper in the docstring, a line in `_ALL`,
+a line in the test matrix (tests/unit/methods/test_methods.py), a changelog line.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ and overrides the file. Wrong values and unknown names are refused by name.
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import os
 import tomllib
@@ -95,11 +96,9 @@ class KVShareConfig:
     borrow_log: str = _setting("", "path", "who borrowed what from whom, JSON lines; without it the server's log")
 
     def __post_init__(self):
-        from kvshare_sched.methods.registry import FORMER_NAMES, names
+        from kvshare_sched.methods.registry import names
 
-        if (name := FORMER_NAMES.get(self.strategy)) is not None:
-            logger.warning("kvshare: strategy %s is now called %s; the old name will be refused", self.strategy, name)
-            object.__setattr__(self, "strategy", name)
+        object.__setattr__(self, "strategy", _present_name(self.strategy))
         for item in fields(self):
             value, limits = getattr(self, item.name), item.metadata
             choices = names() if item.name == "strategy" else limits["choices"]
@@ -166,6 +165,17 @@ class KVShareConfig:
     def describe(self) -> str:
         """One line with every value, enough to set the same configuration again."""
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+
+@functools.cache
+def _present_name(strategy: str) -> str:
+    """The name that a method has today; a former one is logged once a process, however many requests bring it."""
+    from kvshare_sched.methods.registry import FORMER_NAMES
+
+    if (name := FORMER_NAMES.get(strategy)) is None:
+        return strategy
+    logger.warning("kvshare: strategy %s is now called %s; the old name will be refused", strategy, name)
+    return name
 
 
 def _variable(name: str) -> str:

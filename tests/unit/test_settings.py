@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 
+from kvshare_sched import settings as settings_module
 from kvshare_sched.errors import ConfigError
 from kvshare_sched.methods.registry import names
 from kvshare_sched.settings import PRESETS, KVShareConfig
@@ -183,3 +184,11 @@ def test_tenant_weights_are_a_list_of_names_and_numbers():
 def test_a_wrong_tenant_weight_is_named(text):
     with pytest.raises(ConfigError, match="tenant_weights.*KVSHARE_TENANT_WEIGHTS"):
         load(KVSHARE_TENANT_WEIGHTS=f"ok=1,{text}")
+
+
+def test_the_former_name_of_a_method_is_accepted_with_one_warning(caplog):
+    settings_module._present_name.cache_clear()
+    asked = [KVShareConfig(strategy="kvshare"), KVShareConfig().for_request({"strategy": "kvshare"})]
+    assert [config.strategy for config in asked] == ["dhd", "dhd"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "kvshare" in warning and "dhd" in warning

@@ -49,7 +49,7 @@ class KVShareConfig:
     )
     alpha: str = _setting("one_query", "", "attention weights of the dhd score", choices=ALPHA_MODES)
     window: int = _setting(16, "tokens", "length of the hashed windows", low=2, high=256)
-    min_run: int = _setting(32, "tokens", "shorter matches are left alone", low=2)
+    min_run: int = _setting(32, "tokens", "shorter matches are not reused", low=2)
     forced_head: int = _setting(
         8, "tokens", "first tokens of a run, always recomputed: attention sinks of the donor", low=0
     )
@@ -65,7 +65,7 @@ class KVShareConfig:
         request=True,
     )
     repair_order: str = _setting(
-        "fifo", "", "which come first; only fifo ends at exact KV", choices=REPAIR_ORDERS, request=True
+        "fifo", "", "order of the repaired tokens; only fifo ends at exact KV", choices=REPAIR_ORDERS, request=True
     )
     index_tokens: int = _setting(2_000_000, "tokens", "donor tokens indexed at most, about 35 bytes each", low=1024)
 
@@ -74,26 +74,28 @@ class KVShareConfig:
     )
     target_kl: float = _setting(0.03, "nats", "mean KL(full || approximate) the controller holds", low=0.0)
 
-    scheduler: str = _setting("fair", "", "who of the waiting comes first; off: SGLang's own", choices=SCHEDULERS)
+    scheduler: str = _setting("fair", "", "order of the waiting queue; off: SGLang's own", choices=SCHEDULERS)
     quantum: int = _setting(
-        2048, "tokens", "service a tenant gets ahead of the others; large: locality, small: fairness", low=1
+        2048, "tokens", "service a tenant may get ahead of the others; large: locality, small: fairness", low=1
     )
     tenant_weights: str = _setting("", "name=number,...", "shares of tenants; the others have 1")
     unknown_tenants: int = _setting(
-        256, "accounts", "tenants without a weight that are told apart at a time; the rest share one account", low=1
+        256, "accounts", "unweighted tenants with accounts of their own; further ones share one", low=1
     )
     pool_keep: float = _setting(
         0.3,
         "share of the KV pool",
-        "kept at most for cached text that prompts have hit lately",
+        "kept for cached text that recent prompts have hit, at most",
         low=0.0,
         high=0.9,
     )
-    duplicate_wait: int = _setting(8, "passes", "waits for a running request with the same text; 0: none", low=0)
+    duplicate_wait: int = _setting(8, "passes", "wait for a running request with the same text; 0: none", low=0)
 
-    tenants_file: str = _setting("", "path", "who may use the server; without it extra_key is the tenant")
+    tenants_file: str = _setting("", "path", "callers and their rights; without it extra_key is the tenant")
     library: str = _setting("", "path", "folder of the documents lent to share groups; without it there are none")
-    borrow_log: str = _setting("", "path", "who borrowed what from whom, JSON lines; without it the server's log")
+    borrow_log: str = _setting(
+        "", "path", "which tenant borrowed which text of which other, JSON lines; without it the server's log"
+    )
 
     def __post_init__(self):
         from kvshare_sched.methods.registry import names

@@ -14,24 +14,6 @@ from radix_ext.records import Namespace
 
 RUNS = 256  # of a prompt that are listed; what lies behind them is one run `unlisted`
 UNLISTED = "unlisted"
-WHY = {
-    Reason.NONE: "reuse ran as planned",
-    Reason.MODE_OFF: "the server does not reuse: KVSHARE_MODE=off",
-    Reason.OPTED_OUT: "the request opted out",
-    Reason.BAD_SETTING: "the request asks for a setting that does not exist or may not be set; the log names it",
-    Reason.SHORT: "too few tokens lie outside the exact prefix (KVSHARE_MIN_SUFFIX)",
-    Reason.NO_MATCH: "no earlier prompt of this namespace holds a run of it (KVSHARE_MIN_RUN), or it has been evicted",
-    Reason.NOT_WORTH: "copying and recomputing would have cost more than plain prefill, by the cost model",
-    Reason.PROMPT_LOGPROBS: "the client wants log-probabilities of the rows that could have been reused",
-    Reason.UNSUPPORTED_INPUT: "embeddings, images, hidden states, sessions and beam search take no part",
-    Reason.QUALITY: "answers of this tenant missed the quality target; it is tried again by and by",
-    Reason.RETRACTED: "SGLang took its memory back once; it ran again as ordinary prefill",
-    Reason.NO_MEMORY: "with its donors pinned the request did not fit into the KV pool",
-    Reason.PROMOTED: "computed again and again behind borrowed text, so this time exactly: the next ones find it",
-    Reason.DONOR_LOST: "the donors were evicted between matching and reading, or the weights were replaced",
-    Reason.MIXED_INPUT: "another request of its batch brought embeddings, so all of the batch was computed in full",
-    Reason.ERROR: "an error in kvshare-sched; the rest ran as ordinary prefill, the log has the trace",
-}
 
 
 def details(session, namespace: Namespace, index) -> dict:
@@ -81,7 +63,7 @@ def sections(record: dict) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
         tokens.append(("of fresh: could have been reused, computed exactly for the next ones", report["promoted"], ""))
     ordinary = (prompt - report["exact"]) * report["layers"]
     plan = [
-        ("outcome", f"{report['outcome']}, {report['reason']}: {WHY[Reason(report['reason'])]}"),
+        ("outcome", f"{report['outcome']}, {report['reason']}: {Reason(report['reason']).sentence}"),
         ("tenant", owner_of(found["extra_key"]) or DEFAULT),
         ("strategy, ratio", f"{report['strategy']}, {found['ratio']:.3f}"),
     ]

@@ -45,21 +45,45 @@ class Outcome(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a request ran as ordinary prefill; fixed values, they are metric labels."""
+    """Why a request ran as ordinary prefill, with a sentence for people; fixed values, they are metric labels."""
 
-    NONE = "none"  # outcome reused or discovered
-    MODE_OFF = "mode_off"
-    OPTED_OUT = "opted_out"
-    BAD_SETTING = "bad_setting"  # the request asks for a setting that does not exist or may not be set
-    SHORT = "short"  # too few tokens outside the exact prefix to be worth a lookup
-    NO_MATCH = "no_match"
-    NOT_WORTH = "not_worth"  # the cost model predicts no gain
-    PROMPT_LOGPROBS = "prompt_logprobs"  # rows the client asks for cover everything that could be reused
-    UNSUPPORTED_INPUT = "unsupported_input"  # embeddings, images, hidden states, sessions, beams
-    QUALITY = "quality"  # reuse is off for this tenant until it holds its target
-    RETRACTED = "retracted"  # re-admitted after a retraction
-    NO_MEMORY = "no_memory"  # with its donors pinned the request does not fit
-    PROMOTED = "promoted"  # computed exactly because it has been computed again and again behind borrowed text
-    DONOR_LOST = "donor_lost"  # the donors left the tree between matching and leasing
-    MIXED_INPUT = "mixed_input"  # another request of its batch brought embeddings for its tokens
-    ERROR = "error"  # anything unexpected in our code
+    def __new__(cls, value: str, sentence: str):
+        reason = str.__new__(cls, value)
+        reason._value_ = value
+        reason.sentence = sentence
+        return reason
+
+    NONE = ("none", "reuse ran as planned")
+    MODE_OFF = ("mode_off", "the server does not reuse: KVSHARE_MODE=off")
+    OPTED_OUT = ("opted_out", "the request opted out")
+    BAD_SETTING = (
+        "bad_setting",
+        "the request asks for a setting that does not exist or may not be set; the log names it",
+    )
+    SHORT = ("short", "too few tokens lie outside the exact prefix (KVSHARE_MIN_SUFFIX)")
+    NO_MATCH = (
+        "no_match",
+        "no earlier prompt of this namespace holds a run of it (KVSHARE_MIN_RUN), or it has been evicted",
+    )
+    NOT_WORTH = ("not_worth", "copying and recomputing would have cost more than plain prefill, by the cost model")
+    PROMPT_LOGPROBS = ("prompt_logprobs", "the client wants log-probabilities of the rows that could have been reused")
+    UNSUPPORTED_INPUT = (
+        "unsupported_input",
+        "embeddings, images, hidden states, sessions and beam search take no part",
+    )
+    QUALITY = (
+        "quality",
+        "answers of this tenant missed the quality target; reuse is retried automatically after some more requests",
+    )
+    RETRACTED = ("retracted", "SGLang took its memory back once; it ran again as ordinary prefill")
+    NO_MEMORY = ("no_memory", "with its donors pinned the request did not fit into the KV pool")
+    PROMOTED = (
+        "promoted",
+        "computed again and again behind borrowed text, so this time exactly: the next ones find it",
+    )
+    DONOR_LOST = ("donor_lost", "the donors were evicted between matching and reading, or the weights were replaced")
+    MIXED_INPUT = (
+        "mixed_input",
+        "another request of its batch brought embeddings, so all of the batch was computed in full",
+    )
+    ERROR = ("error", "an error in kvshare-sched; the rest ran as ordinary prefill, the log has the trace")

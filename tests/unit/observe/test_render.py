@@ -16,7 +16,7 @@ from engine import move  # noqa: E402
 
 from kvshare_sched.engine.sglang.http import pages as http_pages  # noqa: E402
 from kvshare_sched.engine.sglang.http import reports as http_reports  # noqa: E402
-from kvshare_sched.observe import explain, recent_requests, render, server_state  # noqa: E402
+from kvshare_sched.observe import recent_requests, render, server_state  # noqa: E402
 from kvshare_sched.observe.metrics import ShareMetrics  # noqa: E402
 from kvshare_sched.observe.series import SERIES  # noqa: E402
 from kvshare_sched.records.report import ShareReport  # noqa: E402
@@ -89,7 +89,7 @@ def test_a_request_as_html_needs_nothing_else_and_runs_nothing(client):
     page = Page(text)
     assert page.fetched == [] and not {"script", "b", "link", "img"} & set(page.tags)
     assert text.count('<span class="reused" style="flex:60"') == 1
-    assert "&lt;b&gt;evil&lt;/b&gt;" in text and explain.WHY[Reason.NONE] in text
+    assert "&lt;b&gt;evil&lt;/b&gt;" in text and Reason.NONE.sentence in text
 
 
 def test_an_id_with_a_slash_is_found_too(client):

@@ -150,12 +150,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvshare", description="Non-prefix KV reuse for SGLang.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_start, _add_eval, _add_simulate, _add_bench, _add_tenants, _add_look, _add_prepare):
+        add(commands)
+    return parser
+
+
+def _add_start(commands) -> None:
+    """serve, demo"""
     serve = commands.add_parser("serve", help="start stock SGLang with our defaults", description=_SERVE_HELP)
     serve.set_defaults(run=_serve, passes_through=True)
     demo = commands.add_parser("demo", help="reuse off and on, side by side, on the embedded model")
     demo.add_argument("--cases", type=int, default=8, help="prompts; half of 2,000 and half of 4,000 tokens")
     demo.add_argument("--out", default="out", help="folder for demo.json and the picture")
     demo.set_defaults(run=_demo, passes_through=False)
+
+
+def _add_eval(commands) -> None:
+    """eval"""
     quality = commands.add_parser(
         "eval", help="answer quality of every method against full prefill", description=_EVAL_HELP
     )
@@ -168,6 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--model-path", help="a model folder; without it the embedded model")
     quality.add_argument("--out", default="out/eval", help="folder for report.json, report.md and frontier.png")
     quality.set_defaults(run=_eval, passes_through=True)
+
+
+def _add_simulate(commands) -> None:
+    """simulate"""
     simulate = commands.add_parser(
         "simulate", help="what an order of the queue would do at your scale: the server's queue, a model of the engine"
     )
@@ -181,6 +196,10 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--orders", type=_names, default=list(KEYS), help=f"of {','.join(KEYS)}")
     simulate.add_argument("--out", default="out/simulate.json", help="all figures")
     simulate.set_defaults(run=_simulate, passes_through=False)
+
+
+def _add_bench(commands) -> None:
+    """bench"""
     bench = commands.add_parser(
         "bench", help="load test: a running server, or set-ups compared", description=_BENCH_HELP
     )
@@ -192,7 +211,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--requests", type=int, help="length of a workload drawn anew; of a file, its first requests")
     bench.add_argument("--arrivals", choices=sorted(ARRIVALS), default="poisson", help="of a workload drawn anew")
     bench.add_argument("--rate", type=float, help="requests a second, instead of --loads or a trace's own pace")
-    bench.add_argument("--loads", type=_numbers, default=[2.0, 4.0], help="1: what the first set-up completes, swamped")
+    bench.add_argument(
+        "--loads",
+        type=_numbers,
+        default=[2.0, 4.0],
+        help="load factors; 1 is the saturated throughput of the first set-up",
+    )
     bench.add_argument("--seconds", type=float, default=75, help="what the first set-up needs for one load")
     bench.add_argument("--repeats", type=int, default=1, help="of everything; more than one shows the spread")
     bench.add_argument(
@@ -212,6 +236,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--model-path", help="a model folder; without it the embedded model")
     bench.add_argument("--out", default="out/bench", help="folder for raw rows, report.json, report.md and pictures")
     bench.set_defaults(run=_bench, passes_through=True)
+
+
+def _add_tenants(commands) -> None:
+    """tenants, documents"""
     tenants = commands.add_parser("tenants", help="make an API key with its hash; check a tenants file")
     actions = tenants.add_subparsers(dest="action", required=True)
     actions.add_parser("key", help="print a new key and the hash that goes into the tenants file")
@@ -233,6 +261,10 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("group")
     remove.add_argument("name")
     documents.set_defaults(run=_documents, passes_through=False)
+
+
+def _add_look(commands) -> None:
+    """explain, top"""
     explain = commands.add_parser(
         "explain", help="one request of a running server: where every token came from, and why"
     )
@@ -250,12 +282,15 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--interval", type=float, default=2.0, help="seconds")
     top.add_argument("--once", action="store_true", help="print the counts since its start, and end")
     top.set_defaults(run=_top, passes_through=False)
+
+
+def _add_prepare(commands) -> None:
+    """model, doctor"""
     model = commands.add_parser("model", help="prepare the embedded model, once")
     model.add_argument("--print-path", action="store_true", help="print its folder as the last line of stdout")
     model.set_defaults(run=_model, passes_through=False)
     doctor = commands.add_parser("doctor", help="what is installed and what would be refused; takes SGLang arguments")
     doctor.set_defaults(run=_doctor, passes_through=True)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
